@@ -146,6 +146,7 @@ pub trait Vm: Send + Sync {
     /// # Safety
     /// `host..host + len` must stay mapped in this process, for reading and writing, until it is unmapped here or the
     /// VM is gone. The guest (and its devices) may change it at any time: no Rust reference into it may exist.
+    #[allow(unsafe_code)] // UNSAFETY: the caller promises the memory's lifetime, which no type here can hold.
     unsafe fn map(&self, ipa: u64, host: NonNull<u8>, len: u64, kind: MemoryKind) -> Result<()>;
 
     /// Takes away a mapping, whole, as [`Vm::map`] made it (a Mac kills a process that unmaps a hole). When it returns,

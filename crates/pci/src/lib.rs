@@ -1,0 +1,1 @@
+//! Config space, capabilities, MSI-X, ECAM and root ports.
