@@ -3,6 +3,14 @@ use std::io;
 /// What a hypervisor back end can refuse or fail.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    /// This host has no hypervisor that can be used.
+    #[error("{why}; {next}")]
+    Unavailable {
+        /// What is missing.
+        why: String,
+        /// What the user can do about it.
+        next: &'static str,
+    },
     /// The back end has no such feature.
     #[error("{backend} on this host cannot provide {what}")]
     Unsupported {

@@ -11,8 +11,11 @@
 //!
 //! A request that a back end does not know is refused with [`Error::Unsupported`], never ignored.
 
+pub mod backend;
 mod error;
 mod exit;
+#[cfg(all(target_os = "linux", target_arch = "aarch64"))]
+pub mod kvm;
 
 pub use error::{Error, Result};
 pub use exit::Exit;
@@ -113,6 +116,24 @@ pub const VIRTUAL_TIMER_INTID: u32 = 27;
 /// The FDT's `reg` of a CPU is this value.
 pub const fn mpidr(index: u32) -> u64 {
     (index % 16) as u64 | (((index / 16) as u64) << 8)
+}
+
+/// This host's own hypervisor.
+///
+/// # Errors
+/// [`Error::Unavailable`], saying why there is none and what to do.
+pub fn native() -> Result<Arc<dyn Hypervisor>> {
+    #[cfg(all(target_os = "linux", target_arch = "aarch64"))]
+    return kvm::Kvm::open();
+    #[cfg(not(all(target_os = "linux", target_arch = "aarch64")))]
+    Err(Error::Unavailable {
+        why: format!(
+            "no virtual machine can run on {} {}: it needs an arm64 Linux host with KVM (or, later, a Mac with Apple silicon)",
+            std::env::consts::ARCH,
+            std::env::consts::OS
+        ),
+        next: "to try it on this machine, run `cargo xtask lab`, which emulates such a host",
+    })
 }
 
 /// Phase 1 and 2. One per process and kind.
