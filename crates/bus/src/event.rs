@@ -116,19 +116,38 @@ impl AsFd for Event {
 /// # Errors
 /// That of poll(2).
 pub fn poll_readable(fds: &[BorrowedFd<'_>], timeout: Option<Duration>) -> io::Result<Vec<bool>> {
-    let mut polled: Vec<libc::pollfd> =
-        fds.iter().map(|fd| libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 }).collect();
+    let mut polled: Vec<libc::pollfd> = fds.iter().map(|fd| pollfd(*fd, libc::POLLIN)).collect();
+    poll(&mut polled, timeout)?;
+    Ok(polled.iter().map(|p| p.revents != 0).collect())
+}
+
+/// Waits until `fd` takes bytes (or is closed or in error): `true`. `false` once `stop` is readable or `timeout` is over.
+///
+/// # Errors
+/// That of poll(2).
+pub fn poll_writable(fd: BorrowedFd<'_>, stop: &Event, timeout: Option<Duration>) -> io::Result<bool> {
+    let mut polled = [pollfd(fd, libc::POLLOUT), pollfd(stop.as_fd(), libc::POLLIN)];
+    poll(&mut polled, timeout)?;
+    Ok(polled[0].revents != 0)
+}
+
+fn pollfd(fd: BorrowedFd<'_>, events: libc::c_short) -> libc::pollfd {
+    libc::pollfd { fd: fd.as_raw_fd(), events, revents: 0 }
+}
+
+fn poll(fds: &mut [libc::pollfd], timeout: Option<Duration>) -> io::Result<()> {
     // Rounded up, so that a short timeout does not spin.
     let timeout_ms = timeout.map_or(-1, |t| i32::try_from(t.as_micros().div_ceil(1000)).unwrap_or(i32::MAX));
-    // SAFETY: `polled` is a valid array of its own length.
-    let n = unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, timeout_ms) };
-    if n < 0 {
-        let error = io::Error::last_os_error();
-        if error.kind() != io::ErrorKind::Interrupted {
-            return Err(error);
-        }
+    // SAFETY: `fds` is a valid array of its own length.
+    if unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, timeout_ms) } >= 0 {
+        return Ok(());
     }
-    Ok(polled.iter().map(|p| n > 0 && p.revents != 0).collect())
+    // What poll wrote before it failed means nothing.
+    fds.iter_mut().for_each(|p| p.revents = 0);
+    match io::Error::last_os_error() {
+        error if error.kind() == io::ErrorKind::Interrupted => Ok(()),
+        error => Err(error),
+    }
 }
 
 #[cfg(test)]
@@ -163,5 +182,19 @@ mod tests {
         b.take();
         let none = poll_readable(&[a.as_fd(), b.as_fd()], Some(Duration::from_millis(1))).unwrap();
         assert_eq!(none, [false, false]);
+    }
+
+    #[test]
+    fn a_stop_ends_the_wait_for_a_full_pipe() {
+        let (reader, writer) = std::io::pipe().unwrap();
+        let stop = Event::new().unwrap();
+        assert!(poll_writable(writer.as_fd(), &stop, None).unwrap());
+        // SAFETY: fcntl on an open descriptor with integer arguments.
+        unsafe { libc::fcntl(writer.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) };
+        while io::Write::write(&mut &writer, &[0; 4096]).is_ok() {}
+        assert!(!poll_writable(writer.as_fd(), &stop, Some(Duration::from_millis(1))).unwrap());
+        stop.signal();
+        assert!(!poll_writable(writer.as_fd(), &stop, None).unwrap());
+        drop(reader);
     }
 }

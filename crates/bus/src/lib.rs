@@ -9,7 +9,7 @@ mod mmio;
 mod ratelimit;
 mod width;
 
-pub use event::{Event, poll_readable};
+pub use event::{Event, poll_readable, poll_writable};
 pub use interrupt::{IrqLine, MsiMessage, MsiSink};
 pub use mmio::{AccessError, BusStats, MapError, MmioBus, MmioDevice};
 pub use ratelimit::RateLimit;
