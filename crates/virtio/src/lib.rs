@@ -1,5 +1,16 @@
 //! Virtio devices over PCI (modern, virtio 1.2), each working its queues on threads of its own.
+//!
+//! "virtio 1.2" is OASIS Virtual I/O Device (VIRTIO) Version 1.2.
 
 mod device;
+mod queue;
+mod transport;
+mod worker;
+
+#[cfg(test)]
+pub(crate) mod testing;
 
 pub use device::{Activation, ActiveQueue, GuestMemory, VirtioDevice, VirtioInterrupt};
+pub use queue::{Buffers, GuestSlice, QueueError, Request, WorkQueue};
+pub use transport::{DoorbellBinder, VirtioPci};
+pub use worker::{Stop, Worker};
