@@ -1,1 +1,21 @@
-//! Being written.
+//! Describe → check → build → run one virtual machine.
+
+mod build;
+mod console;
+mod error;
+mod memory;
+mod run;
+mod signals;
+mod spec;
+mod terminal;
+mod vcpus;
+
+pub use build::Inputs;
+pub use console::ConsoleTarget;
+pub use error::Error;
+pub use run::{Outcome, run};
+pub use spec::MachineSpec;
+pub use terminal::restore_terminal;
+
+/// Exit status of a process whose machine was stopped hard.
+pub const EXIT_KILLED: i32 = 4;

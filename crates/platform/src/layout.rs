@@ -43,9 +43,9 @@ pub const PL061_INTID: u32 = 34;
 /// INTIDs of PCI INTA to INTD on bus 0 (level), swizzled by device number.
 pub const PCI_INTX_INTIDS: Range<u32> = 36..40;
 /// INTIDs behind the MSI frame. Linux's gicv2m driver wants base + number ≤ 1019.
-pub const MSI_INTIDS: Range<u32> = 64..1019;
-/// One past the last INTID, rounded to what a GICv3 can say.
-pub const INTID_LIMIT: u32 = 1024;
+pub const MSI_INTIDS: Range<u32> = 64..INTID_LIMIT;
+/// One past the last INTID: the most that KVM takes (a multiple of 32 below 1024).
+pub const INTID_LIMIT: u32 = 992;
 
 /// What depends on how much RAM there is and how wide an address may be.
 #[derive(Clone, Debug, PartialEq, Eq)]

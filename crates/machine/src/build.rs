@@ -1,0 +1,205 @@
+//! Check and build: from a [`MachineSpec`] to a machine that is ready to run.
+
+use crate::console::{ConsoleHost, ConsolePump, PanicWatch};
+use crate::memory::{self, Ram};
+use crate::run::{EventSender, MachineEvent};
+use crate::vcpus::{Entry, Reporter, Vcpus};
+use crate::{Error, MachineSpec};
+use outboard_bus::{IrqLine, MmioBus, MsiMessage, MsiSink, warn_limited};
+use outboard_hypervisor::{Capabilities, GicConfig, Hypervisor, InterruptController, VmOptions, mpidr};
+use outboard_pci::{Ecam, RootComplex, Windows};
+use outboard_platform::boot::{self, Initrd, Kernel, Loaded};
+use outboard_platform::fdt::{self, Description};
+use outboard_platform::layout::{self, AddressSpace};
+use outboard_platform::{Pl011, Pl031, Pl061};
+use std::sync::{Arc, Mutex};
+
+/// arm64 Linux takes at most 2,047 bytes (COMMAND_LINE_SIZE, arch/arm64/include/uapi/asm/setup.h).
+const MAX_COMMAND_LINE: usize = 2047;
+
+/// What a machine is made from, checked: everything that can be wrong with a user's input is found here.
+#[derive(Debug)]
+pub struct Inputs {
+    space: AddressSpace,
+    kernel: Kernel,
+    initrd: Option<Initrd>,
+    console: crate::ConsoleTarget,
+}
+
+impl Inputs {
+    /// Checks `spec` against what the hypervisor can do and opens its files.
+    ///
+    /// # Errors
+    /// [`Error`] for the first thing that is wrong.
+    pub fn open(spec: &MachineSpec, capabilities: &Capabilities) -> Result<Self, Error> {
+        let most = capabilities.max_vcpus.min(layout::MAX_VCPUS);
+        if spec.cpus == 0 || spec.cpus > most {
+            return Err(Error::Cpus { asked: spec.cpus, most });
+        }
+        let space = AddressSpace::new(spec.memory, capabilities.max_ipa_bits)?;
+        if let Some(host) = memory::host_memory().filter(|host| spec.memory > *host) {
+            return Err(Error::HostMemory { asked_mib: spec.memory >> 20, host_mib: host >> 20 });
+        }
+        if spec.command_line.len() > MAX_COMMAND_LINE {
+            let text = format!("{} bytes, at most {MAX_COMMAND_LINE} are possible", spec.command_line.len());
+            return Err(Error::CommandLine(text));
+        }
+        if spec.command_line.contains('\0') {
+            return Err(Error::CommandLine("it holds a NUL byte".into()));
+        }
+        let kernel = Kernel::open(&spec.kernel)?;
+        let initrd = spec.initrd.as_deref().map(Initrd::open).transpose()?;
+        Ok(Self { space, kernel, initrd, console: spec.console.clone() })
+    }
+
+    /// Opens what the guest talks to; stays open while the guest reboots.
+    pub(crate) fn open_host(&self) -> Result<Host, Error> {
+        Ok(Host { console: Arc::new(Mutex::new(ConsoleHost::open(&self.console)?)) })
+    }
+}
+
+/// The host's side of the devices.
+pub(crate) struct Host {
+    console: Arc<Mutex<ConsoleHost>>,
+}
+
+/// A machine that can run. [`Machine::stop`] takes it apart in the order that the hypervisor and DMA demand.
+pub(crate) struct Machine {
+    vcpus: Vcpus,
+    console: ConsolePump,
+    root: Arc<RootComplex>,
+    bus: Arc<MmioBus>,
+    power_key: Arc<Pl061>,
+    panic_watch: Arc<PanicWatch>,
+    ram: Ram,
+}
+
+impl Machine {
+    /// Builds it, phase by phase.
+    ///
+    /// # Errors
+    /// [`Error`]; everything built so far is released then.
+    pub(crate) fn build(
+        spec: &MachineSpec,
+        inputs: &Inputs,
+        host: &mut Host,
+        hypervisor: &dyn Hypervisor,
+        events: &EventSender,
+    ) -> Result<Self, Error> {
+        let space = &inputs.space;
+        let options = VmOptions { vcpus: spec.cpus, ipa_bits: space.ipa_bits, vcpu: spec.vcpu };
+        let vm = hypervisor.create_vm(&options)?;
+        let ram = Ram::new(&vm, &space.ram)?;
+        let gic = vm.create_interrupt_controller(&gic_config())?;
+        let bus = Arc::new(MmioBus::new());
+        let (uart, power_key) = add_board(&bus, &gic)?;
+        let root = add_pci(&bus, space)?;
+        let loaded = load_guest(spec, inputs, &ram)?;
+        let panic_watch = Arc::new(PanicWatch::default());
+        let console = ConsolePump::start(uart, host.console.clone(), panic_watch.clone(), events.clone())?;
+        let entry = Entry { pc: loaded.entry, fdt: loaded.fdt };
+        let vcpus = Vcpus::start(&vm, spec.cpus, entry, &bus, &reporter(events))?;
+        Ok(Self { vcpus, console, root, bus, power_key, panic_watch, ram })
+    }
+
+    /// Lets the guest run.
+    pub(crate) fn resume(&self) {
+        self.vcpus.resume();
+    }
+
+    /// Presses or releases the power key.
+    pub(crate) fn set_power_key(&self, pressed: bool) {
+        self.power_key.set_power_key(pressed);
+    }
+
+    /// Stops and releases everything; whether the guest's kernel had panicked.
+    ///
+    /// First the vCPUs, so that nobody starts anything new; then the devices, which stop writing to guest memory; only then
+    /// the memory is unmapped, and the VM goes with the last reference to it.
+    pub(crate) fn stop(self) -> bool {
+        let Self { vcpus, console, root, bus, power_key, panic_watch, ram } = self;
+        drop(vcpus);
+        root.reset();
+        drop(root);
+        // Lets out what the guest printed last, the panic among it.
+        drop(console);
+        drop((bus, power_key));
+        drop(ram);
+        panic_watch.seen()
+    }
+}
+
+fn gic_config() -> GicConfig {
+    GicConfig {
+        distributor: layout::GIC_DISTRIBUTOR,
+        redistributors: layout::GIC_REDISTRIBUTORS,
+        msi_frame: layout::MSI_FRAME,
+        msi_intids: layout::MSI_INTIDS,
+        intid_limit: layout::INTID_LIMIT,
+    }
+}
+
+/// Serial console, clock and power key.
+fn add_board(bus: &MmioBus, gic: &Arc<dyn InterruptController>) -> Result<(Arc<Pl011>, Arc<Pl061>), Error> {
+    let line = |intid| Arc::new(SpiLine { gic: gic.clone(), intid });
+    let uart = Arc::new(Pl011::new(line(layout::PL011_INTID)).map_err(Error::Thread)?);
+    let gpio = Arc::new(Pl061::new(line(layout::PL061_INTID)));
+    bus.insert(layout::PL011, layout::PRIMECELL_SIZE, uart.clone())?;
+    bus.insert(layout::PL031, layout::PRIMECELL_SIZE, Arc::new(Pl031::new()))?;
+    bus.insert(layout::PL061, layout::PRIMECELL_SIZE, gpio.clone())?;
+    Ok((uart, gpio))
+}
+
+fn add_pci(bus: &Arc<MmioBus>, space: &AddressSpace) -> Result<Arc<RootComplex>, Error> {
+    let windows = Windows { mmio32: layout::PCI_WINDOW_32, mmio64: space.pci_window_64.clone() };
+    let root = RootComplex::new(bus, windows);
+    bus.insert(layout::ECAM, layout::ECAM_SIZE, Arc::new(Ecam::new(root.clone())))?;
+    Ok(root)
+}
+
+/// Kernel, initrd and device tree into guest RAM.
+fn load_guest(spec: &MachineSpec, inputs: &Inputs, ram: &Ram) -> Result<Loaded, Error> {
+    let loaded = boot::load(ram.memory(), &inputs.space.ram, &inputs.kernel, inputs.initrd.as_ref())?;
+    let cpus: Vec<u64> = (0..spec.cpus).map(mpidr).collect();
+    let mut random = [0; 64];
+    getrandom::fill(&mut random).map_err(|e| Error::Random(std::io::Error::other(e)))?;
+    let tree = fdt::build(&Description {
+        space: &inputs.space,
+        cpus: &cpus,
+        command_line: &spec.command_line,
+        initrd: loaded.initrd.clone(),
+        random,
+    })?;
+    boot::write_fdt(ram.memory(), loaded.fdt, &tree)?;
+    Ok(loaded)
+}
+
+fn reporter(events: &EventSender) -> Reporter {
+    let events = events.clone();
+    Arc::new(move |event| events.send(MachineEvent::Vcpu(event)))
+}
+
+/// A level-triggered SPI of a device on the board.
+struct SpiLine {
+    gic: Arc<dyn InterruptController>,
+    intid: u32,
+}
+
+impl IrqLine for SpiLine {
+    fn set(&self, asserted: bool) {
+        if let Err(error) = self.gic.set_spi(self.intid, asserted) {
+            warn_limited!("interrupt {} could not be set: {error}", self.intid);
+        }
+    }
+}
+
+/// Where PCI functions send their messages.
+struct GicMsi(Arc<dyn InterruptController>);
+
+impl MsiSink for GicMsi {
+    fn send(&self, message: MsiMessage) {
+        if let Err(error) = self.0.send_msi(message.address, message.data) {
+            warn_limited!("message-signalled interrupt {message:x?} was dropped: {error}");
+        }
+    }
+}

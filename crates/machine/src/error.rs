@@ -1,0 +1,67 @@
+use std::io;
+
+/// Why a machine cannot be built or cannot go on. Messages say what to do; `docs/` has more.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The hypervisor refused or failed.
+    #[error(transparent)]
+    Hypervisor(#[from] outboard_hypervisor::Error),
+    /// Memory and windows do not fit the address space.
+    #[error(transparent)]
+    Layout(#[from] outboard_platform::layout::LayoutError),
+    /// Kernel or initrd.
+    #[error(transparent)]
+    Boot(#[from] outboard_platform::boot::BootError),
+    /// Number of vCPUs.
+    #[error("{asked} vCPUs: give --cpus a number from 1 to {most}")]
+    Cpus {
+        /// Asked for.
+        asked: u32,
+        /// Possible here.
+        most: u32,
+    },
+    /// More guest RAM than the host has.
+    #[error("{asked_mib} MiB of guest memory on a host with {host_mib} MiB: give a smaller --memory")]
+    HostMemory {
+        /// Asked for, in MiB.
+        asked_mib: u64,
+        /// The host's, in MiB.
+        host_mib: u64,
+    },
+    /// Guest RAM could not be allocated.
+    #[error("allocating {mib} MiB of guest memory: {source}; free some memory or give a smaller --memory")]
+    Memory {
+        /// Asked for, in MiB.
+        mib: u64,
+        /// The operating system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// The command line cannot be put into a device tree.
+    #[error("kernel command line: {0}; shorten --append")]
+    CommandLine(String),
+    /// The device tree cannot be built.
+    #[error("device tree: {0}; this is a bug in Outboard, please report it")]
+    DeviceTree(#[from] outboard_platform::fdt::FdtError),
+    /// A console target cannot be opened.
+    #[error("console {target}: {source}; check the path given with --console")]
+    Console {
+        /// As given.
+        target: String,
+        /// The operating system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// Two devices at one place of our own layout.
+    #[error("{0}; this is a bug in Outboard, please report it")]
+    Bus(#[from] outboard_bus::MapError),
+    /// No PCI slot is left.
+    #[error("{0}; the machine has 31 PCI slots, give fewer devices")]
+    Slot(#[from] outboard_pci::AddError),
+    /// A thread, an event or a signal handler could not be made.
+    #[error("starting a thread: {0}; raise the limits on processes and open files (ulimit -u, ulimit -n)")]
+    Thread(#[source] io::Error),
+    /// Random bytes for the guest's seeds.
+    #[error("reading random bytes from the host: {0}")]
+    Random(io::Error),
+}

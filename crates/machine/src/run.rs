@@ -1,0 +1,136 @@
+//! The life of a machine: boot, reboots, the ways it ends.
+
+use crate::build::{Inputs, Machine};
+use crate::signals::Signals;
+use crate::vcpus::VcpuEvent;
+use crate::{Error, MachineSpec};
+use outboard_hypervisor::Hypervisor;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::time::{Duration, Instant};
+
+/// How long the power key stays down: long enough for any debouncing (gpio-keys: 5 ms), short enough for no long press.
+const KEY_PRESS: Duration = Duration::from_millis(100);
+/// How long the guest may take to power itself off before it is stopped.
+const POWER_OFF_GRACE: Duration = Duration::from_secs(30);
+
+/// How a machine ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The guest powered itself off (or rebooted, where that was to end the machine).
+    PowerOff,
+    /// The guest's kernel panicked.
+    GuestPanic,
+    /// Stopped from outside: Ctrl-A x, a second SIGTERM, or no answer to the power key.
+    Killed,
+}
+
+/// What the threads of a machine tell the one that runs it.
+#[derive(Debug)]
+pub(crate) enum MachineEvent {
+    Vcpu(VcpuEvent),
+    /// The console showed a kernel panic's last line.
+    GuestPanic,
+    /// The user left the console.
+    Leave,
+    /// SIGTERM, SIGINT or SIGHUP.
+    Terminate,
+}
+
+/// Sends events from any thread; after the machine ended they go nowhere.
+#[derive(Clone, Debug)]
+pub(crate) struct EventSender(Sender<MachineEvent>);
+
+impl EventSender {
+    pub(crate) fn send(&self, event: MachineEvent) {
+        let _ = self.0.send(event);
+    }
+}
+
+/// What a boot of the guest led to.
+#[derive(Debug)]
+enum End {
+    Outcome(Outcome),
+    Reset,
+    Failed(outboard_hypervisor::Error),
+}
+
+/// Runs a machine until it ends for good. Returns with everything released: threads, memory, VM, sockets, terminal.
+///
+/// # Errors
+/// [`Error`] when it cannot be built, or the hypervisor fails under it.
+pub fn run(spec: &MachineSpec, hypervisor: &dyn Hypervisor) -> Result<Outcome, Error> {
+    let inputs = Inputs::open(spec, &hypervisor.capabilities()?)?;
+    let (sender, events) = channel();
+    let sender = EventSender(sender);
+    // Before the terminal is touched, so that no signal leaves it raw.
+    let signals = Signals::install(sender.clone())?;
+    let mut host = inputs.open_host()?;
+    let mut power = PowerButton::default();
+    loop {
+        let machine = Machine::build(spec, &inputs, &mut host, hypervisor, &sender)?;
+        let end = power.watch(&machine, &events);
+        let panicked = machine.stop();
+        match end {
+            End::Reset | End::Outcome(Outcome::PowerOff) if panicked => return Ok(Outcome::GuestPanic),
+            End::Reset if spec.no_reboot => return Ok(Outcome::PowerOff),
+            End::Reset if signals.terminated() => return Ok(Outcome::PowerOff),
+            End::Reset => tracing::info!("guest rebooted"),
+            End::Outcome(outcome) => return Ok(outcome),
+            End::Failed(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// The power key and how long it has been since it was pressed.
+#[derive(Default)]
+struct PowerButton {
+    pressed: Option<Instant>,
+    released: bool,
+}
+
+impl PowerButton {
+    /// Lets the machine run until it ends.
+    fn watch(&mut self, machine: &Machine, events: &Receiver<MachineEvent>) -> End {
+        machine.resume();
+        loop {
+            let event = match self.timeout() {
+                None => events.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                Some(timeout) => events.recv_timeout(timeout),
+            };
+            match event {
+                Ok(MachineEvent::Vcpu(VcpuEvent::PowerOff)) => return End::Outcome(Outcome::PowerOff),
+                Ok(MachineEvent::Vcpu(VcpuEvent::Reset)) => return End::Reset,
+                Ok(MachineEvent::Vcpu(VcpuEvent::Failed(error))) => return End::Failed(error),
+                Ok(MachineEvent::GuestPanic) => return End::Outcome(Outcome::GuestPanic),
+                Ok(MachineEvent::Leave) => return End::Outcome(Outcome::Killed),
+                Ok(MachineEvent::Terminate) if self.pressed.is_some() => {
+                    tracing::warn!("asked a second time to stop; stopping the guest hard");
+                    return End::Outcome(Outcome::Killed);
+                }
+                Ok(MachineEvent::Terminate) => {
+                    tracing::info!(
+                        "pressing the guest's power key; asked again, or in 30 s, it is stopped hard"
+                    );
+                    self.pressed = Some(Instant::now());
+                    machine.set_power_key(true);
+                }
+                Err(RecvTimeoutError::Timeout) => {
+                    if !self.released {
+                        self.released = true;
+                        machine.set_power_key(false);
+                    } else if self.timeout() == Some(Duration::ZERO) {
+                        tracing::warn!("the guest did not power off within 30 s; stopping it hard");
+                        return End::Outcome(Outcome::Killed);
+                    }
+                }
+                Err(RecvTimeoutError::Disconnected) => unreachable!("this thread keeps a sender"),
+            }
+        }
+    }
+
+    /// Until the next thing to do, if any.
+    fn timeout(&self) -> Option<Duration> {
+        let after = if self.released { POWER_OFF_GRACE } else { KEY_PRESS };
+        self.pressed.map(|pressed| after.saturating_sub(pressed.elapsed()))
+    }
+}

@@ -1,0 +1,236 @@
+//! The vCPU threads of a VM: one each, bound for life, run, paused and stopped together.
+
+use crate::Error;
+use outboard_bus::{MmioBus, Width, warn_limited};
+use outboard_hypervisor::{Exit, Kick, Vcpu, Vm};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// How long to wait for a vCPU to come out of the guest before it is kicked again. A kick cannot get lost by the back
+/// ends' contract; repeating it costs nothing and survives a hypervisor that breaks it (facts: Hypervisor.framework loses some).
+const KICK_AGAIN: Duration = Duration::from_millis(100);
+
+/// What a vCPU's exit asks of the whole machine.
+#[derive(Debug)]
+pub(crate) enum VcpuEvent {
+    /// PSCI SYSTEM_OFF.
+    PowerOff,
+    /// PSCI SYSTEM_RESET.
+    Reset,
+    /// The hypervisor failed; the guest cannot go on.
+    Failed(outboard_hypervisor::Error),
+}
+
+/// Where vCPU threads report to; called on a vCPU thread, must not block.
+pub(crate) type Reporter = Arc<dyn Fn(VcpuEvent) + Send + Sync>;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wish {
+    Run,
+    Pause,
+    Stop,
+}
+
+struct State {
+    wish: Wish,
+    /// Threads that are out of the guest and will not enter it before the wish changes.
+    parked: u32,
+}
+
+/// What the threads and their owner share.
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Waits, parked, until the vCPU may run (`true`) or must end (`false`).
+    fn admit(&self) -> bool {
+        let mut state = self.lock();
+        state.parked += 1;
+        self.changed.notify_all();
+        while state.wish == Wish::Pause {
+            state = self.changed.wait(state).unwrap_or_else(|e| e.into_inner());
+        }
+        state.parked -= 1;
+        state.wish == Wish::Run
+    }
+}
+
+/// The vCPUs of a VM. They start paused. Dropping it stops them and waits for their threads.
+pub(crate) struct Vcpus {
+    shared: Arc<Shared>,
+    kickers: Vec<Arc<dyn Kick>>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// Where the boot CPU starts.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Entry {
+    /// First instruction.
+    pub(crate) pc: u64,
+    /// Address of the device tree.
+    pub(crate) fdt: u64,
+}
+
+impl Vcpus {
+    /// Binds `count` vCPUs of `vm` to new threads, ready to run from `entry` after [`Vcpus::resume`].
+    ///
+    /// # Errors
+    /// [`Error::Hypervisor`] if one cannot be made, [`Error::Thread`]; no thread is left then.
+    pub(crate) fn start(
+        vm: &Arc<dyn Vm>,
+        count: u32,
+        entry: Entry,
+        bus: &Arc<MmioBus>,
+        report: &Reporter,
+    ) -> Result<Self, Error> {
+        let state = Mutex::new(State { wish: Wish::Pause, parked: 0 });
+        let shared = Arc::new(Shared { state, changed: Condvar::new() });
+        let mut vcpus = Self { shared, kickers: Vec::new(), threads: Vec::new() };
+        for index in 0..count {
+            let (vm, bus, report, shared) = (vm.clone(), bus.clone(), report.clone(), vcpus.shared.clone());
+            let (ready, made) = std::sync::mpsc::channel();
+            let body = move || match bind(&*vm, index, entry) {
+                Ok(mut vcpu) => {
+                    // The receiver waits right below; if it is gone, the wish is Stop already.
+                    let _ = ready.send(Ok(vcpu.kicker()));
+                    run(&mut *vcpu, &shared, &bus, &report);
+                }
+                Err(error) => {
+                    let _ = ready.send(Err(error));
+                }
+            };
+            let name = format!("vcpu{index}");
+            let thread = std::thread::Builder::new().name(name).spawn(body).map_err(Error::Thread)?;
+            vcpus.threads.push(thread);
+            let kicker = made.recv().expect("the thread sends before it ends")?;
+            vcpus.kickers.push(kicker);
+        }
+        Ok(vcpus)
+    }
+
+    /// Lets the vCPUs run.
+    pub(crate) fn resume(&self) {
+        self.shared.lock().wish = Wish::Run;
+        self.shared.changed.notify_all();
+    }
+
+    /// Takes all vCPUs out of the guest; none enters it again before [`Vcpus::resume`].
+    pub(crate) fn pause(&self) {
+        self.park(Wish::Pause, |state, count| state.parked == count);
+    }
+
+    /// Changes the wish, then kicks until `done`.
+    fn park(&self, wish: Wish, done: impl Fn(&State, u32) -> bool) {
+        let count = self.kickers.len() as u32;
+        self.shared.lock().wish = wish;
+        self.shared.changed.notify_all();
+        loop {
+            for kicker in &self.kickers {
+                kicker.kick();
+            }
+            let state = self.shared.lock();
+            let waited =
+                self.shared.changed.wait_timeout_while(state, KICK_AGAIN, |state| !done(state, count));
+            let (state, _) = waited.unwrap_or_else(|e| e.into_inner());
+            if done(&state, count) {
+                return;
+            }
+        }
+    }
+}
+
+impl Drop for Vcpus {
+    fn drop(&mut self) {
+        self.shared.lock().wish = Wish::Stop;
+        self.shared.changed.notify_all();
+        for thread in self.threads.drain(..) {
+            while !thread.is_finished() {
+                for kicker in &self.kickers {
+                    kicker.kick();
+                }
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            if thread.join().is_err() {
+                tracing::error!("a vCPU thread panicked; this is a bug in Outboard, please report it");
+            }
+        }
+    }
+}
+
+fn bind(vm: &dyn Vm, index: u32, entry: Entry) -> Result<Box<dyn Vcpu>, outboard_hypervisor::Error> {
+    let mut vcpu = vm.bind_vcpu(index)?;
+    if index == 0 {
+        vcpu.set_boot_state(entry.pc, entry.fdt)?;
+    }
+    Ok(vcpu)
+}
+
+/// A vCPU's life. The lock is only taken after a kick: MMIO exits go straight to the bus.
+fn run(vcpu: &mut dyn Vcpu, shared: &Shared, bus: &MmioBus, report: &Reporter) {
+    while shared.admit() {
+        let event = loop {
+            match run_once(vcpu, bus) {
+                Ok(Some(event)) => break Some(event),
+                Ok(None) => {}
+                Err(Kicked) => break None,
+            }
+        };
+        if let Some(event) = event {
+            report(event);
+            // This vCPU has nothing more to do until the machine stops it.
+            wait_for_stop(shared);
+            return;
+        }
+    }
+}
+
+/// The vCPU must look at the wish.
+struct Kicked;
+
+fn run_once(vcpu: &mut dyn Vcpu, bus: &MmioBus) -> Result<Option<VcpuEvent>, Kicked> {
+    let exit = match vcpu.run() {
+        Ok(exit) => exit,
+        Err(error) => return Ok(Some(VcpuEvent::Failed(error))),
+    };
+    match exit {
+        Exit::MmioRead { ipa, width } => vcpu.complete_read(bus.read(ipa, mmio_width(width))),
+        Exit::MmioWrite { ipa, width, value } => bus.write(ipa, mmio_width(width), value),
+        Exit::Undecoded { ipa, pc, syndrome } => {
+            warn_limited!(
+                "guest instruction at {pc:#x} accesses the device at {ipa:#x} in a way that cannot be emulated \
+                 (pair, vector, exclusive or atomic access; syndrome {syndrome:#x}); it gets a data abort"
+            );
+            if let Err(error) = vcpu.inject_data_abort() {
+                return Ok(Some(VcpuEvent::Failed(error)));
+            }
+        }
+        Exit::SystemOff => return Ok(Some(VcpuEvent::PowerOff)),
+        Exit::SystemReset => return Ok(Some(VcpuEvent::Reset)),
+        Exit::Kicked => return Err(Kicked),
+    }
+    Ok(None)
+}
+
+fn mmio_width(bytes: u8) -> Width {
+    Width::from_bytes(bytes.into()).expect("back ends report widths of 1, 2, 4 or 8 bytes")
+}
+
+fn wait_for_stop(shared: &Shared) {
+    let mut state = shared.lock();
+    state.parked += 1;
+    shared.changed.notify_all();
+    while state.wish != Wish::Stop {
+        state = shared.changed.wait(state).unwrap_or_else(|e| e.into_inner());
+    }
+    state.parked -= 1;
+}
+
+#[cfg(test)]
+mod tests;

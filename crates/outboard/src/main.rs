@@ -1,0 +1,50 @@
+//! The `outboard` program: parse, call, print.
+
+mod logging;
+mod run;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+/// Runs Linux virtual machines with real PCI devices.
+#[derive(Parser)]
+#[command(name = "outboard", version, about, arg_required_else_help = true, after_help = EXIT_STATUS)]
+struct Cli {
+    #[command(flatten)]
+    log: logging::LogArgs,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run a virtual machine in the foreground until it powers off.
+    Run(Box<run::RunArgs>),
+}
+
+const EXIT_STATUS: &str = "Exit status:
+  0  the guest powered itself off
+  1  Outboard could not start or run the machine
+  2  the command line was wrong
+  3  the guest's kernel panicked
+  4  the machine was stopped hard: Ctrl-A x, a second SIGTERM, or no answer to the power key";
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    logging::init(&cli.log);
+    restore_terminal_on_panic();
+    let status = match cli.command {
+        Command::Run(args) => run::run(&args),
+    };
+    outboard_machine::restore_terminal();
+    status
+}
+
+/// A panic of ours is a bug; it must not leave the user's terminal unusable too.
+fn restore_terminal_on_panic() {
+    let print = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        outboard_machine::restore_terminal();
+        print(info);
+    }));
+}

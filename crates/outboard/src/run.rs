@@ -1,0 +1,127 @@
+use clap::Args;
+use outboard_hypervisor::{ThreadPriority, VcpuOptions};
+use outboard_machine::{ConsoleTarget, EXIT_KILLED, MachineSpec, Outcome};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Exit status after a panic of the guest's kernel.
+const EXIT_GUEST_PANIC: u8 = 3;
+
+#[derive(Args)]
+pub struct RunArgs {
+    /// Kernel: an arm64 `Image`, plain or gzip-compressed, or an EFI zboot image.
+    #[arg(long, value_name = "FILE")]
+    kernel: PathBuf,
+
+    /// Initial RAM disk.
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+
+    /// Kernel command line.
+    #[arg(long, value_name = "TEXT", default_value = "console=ttyAMA0", allow_hyphen_values = true)]
+    append: String,
+
+    /// Number of vCPUs, 1 to 32.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    cpus: u32,
+
+    /// Guest memory: a number with K, M, G or T (powers of 1024); without a letter, MiB.
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_size)]
+    memory: u64,
+
+    /// Serial console of the guest (ttyAMA0): stdio, none, file:PATH or socket:PATH.
+    ///
+    /// With stdio, Ctrl-A x leaves, Ctrl-A h helps, and Ctrl-C goes to the guest.
+    #[arg(long, value_name = "WHERE")]
+    console: Option<ConsoleTarget>,
+
+    /// Do not use the terminal: without --console, the guest's console goes nowhere.
+    #[arg(long)]
+    headless: bool,
+
+    /// End with status 0 when the guest reboots, instead of rebooting it.
+    #[arg(long)]
+    no_reboot: bool,
+
+    /// Give the vCPUs the total-store-order memory model, for x86 emulation (Apple silicon only).
+    #[arg(long)]
+    tso: bool,
+
+    /// Run the vCPU threads ahead of ordinary threads of the host.
+    #[arg(long)]
+    high_priority: bool,
+
+    /// Check everything and print what would be built, but run nothing.
+    #[arg(long)]
+    dry_run: bool,
+}
+
+impl RunArgs {
+    fn spec(&self) -> MachineSpec {
+        let default_console = if self.headless { ConsoleTarget::None } else { ConsoleTarget::Stdio };
+        let priority = if self.high_priority { ThreadPriority::High } else { ThreadPriority::Normal };
+        MachineSpec {
+            kernel: self.kernel.clone(),
+            initrd: self.initrd.clone(),
+            command_line: self.append.clone(),
+            cpus: self.cpus,
+            memory: self.memory,
+            console: self.console.clone().unwrap_or(default_console),
+            no_reboot: self.no_reboot,
+            vcpu: VcpuOptions { tso: self.tso, priority },
+        }
+    }
+}
+
+/// Runs the machine; the process's exit status.
+pub fn run(args: &RunArgs) -> ExitCode {
+    let spec = args.spec();
+    let result =
+        outboard_hypervisor::native().map_err(Into::into).and_then(|h| outboard_machine::run(&spec, &*h));
+    match result {
+        Ok(Outcome::PowerOff) => ExitCode::SUCCESS,
+        Ok(Outcome::GuestPanic) => {
+            eprintln!("outboard: the guest's kernel panicked; its console says why");
+            ExitCode::from(EXIT_GUEST_PANIC)
+        }
+        Ok(Outcome::Killed) => ExitCode::from(EXIT_KILLED as u8),
+        Err(error) => {
+            outboard_machine::restore_terminal();
+            eprintln!("outboard: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Bytes from a number with an optional binary unit.
+fn parse_size(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
+    let shift =
+        match text[digits.len()..].trim_end_matches("iB").trim_end_matches('B').to_ascii_uppercase().as_str()
+        {
+            "K" => 10,
+            "" | "M" => 20,
+            "G" => 30,
+            "T" => 40,
+            unit => return Err(format!("unknown unit '{unit}'; use K, M, G or T")),
+        };
+    let number: u64 = digits.parse().map_err(|_| "not a number".to_owned())?;
+    number.checked_mul(1 << shift).ok_or_else(|| "too large".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_take_binary_units() {
+        for (text, bytes) in
+            [("512", 512 << 20), ("256M", 256 << 20), ("2G", 2 << 30), ("2GiB", 2 << 30), ("64k", 64 << 10)]
+        {
+            assert_eq!(parse_size(text), Ok(bytes), "{text}");
+        }
+        for text in ["", "G", "-1G", "1.5G", "2X", "99999999999999T", "0x10"] {
+            assert!(parse_size(text).is_err(), "{text}");
+        }
+    }
+}
