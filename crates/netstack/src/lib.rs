@@ -1,1 +1,20 @@
-//! Being written.
+//! A user-mode network for one guest: Ethernet frames on one side, the host's ordinary sockets on the other, no
+//! privileges needed. IPv4 with DHCP, a DNS relay, TCP, UDP, ping, and ports of the host that lead into the guest.
+//!
+//! TCP towards the guest is smoltcp's; everything around it, the address translation above all, is here.
+//! The guest is not trusted: tables and buffers are bounded, and what it sends is dropped where it makes no sense.
+
+pub mod address;
+mod datagram;
+mod dhcp;
+mod fragment;
+mod frame;
+mod guest;
+mod options;
+mod resolver;
+mod stack;
+mod tcp;
+
+pub use frame::{Frame, MAX_FRAME, PartialChecksum};
+pub use options::{Forward, NetOptions, OptionError, Protocol};
+pub use stack::{Checksum, NetError, Stack};

@@ -1,0 +1,520 @@
+use crate::address::GUEST;
+use crate::guest::{Guest, Unreachable};
+use crate::stack::Source;
+use mio::net::TcpStream;
+use mio::{Interest, Registry};
+use outboard_bus::warn_limited;
+use slab::Slab;
+use smoltcp::iface::{SocketHandle, SocketSet};
+use smoltcp::socket::tcp::{RecvError, SendError, Socket, SocketBuffer, State};
+use smoltcp::time::{Duration, Instant};
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{Shutdown, SocketAddr, SocketAddrV4};
+
+/// Connections at a time; further ones are refused.
+pub(crate) const MAX_FLOWS: usize = 1024;
+/// Socket buffers, each of two for each flow: as large as this while few flows are open, …
+const MAX_BUFFER: usize = 512 << 10;
+/// … and never smaller than this.
+const MIN_BUFFER: usize = 32 << 10;
+/// What all buffers together may take before flows get the least: 1,024 flows stay below 128 MiB.
+const BUFFER_BUDGET: usize = 64 << 20;
+/// How long the guest may take for its part of the handshake.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(30);
+/// First of the ports that a forwarded connection seems to come from (RFC 6335, section 6).
+const FIRST_EPHEMERAL: u16 = 49152;
+
+/// Which connection: the guest's port and the other side as the guest sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Key {
+    pub(crate) guest_port: u16,
+    pub(crate) remote: SocketAddrV4,
+}
+
+/// TCP connections between guest and host.
+pub(crate) struct TcpFlows {
+    flows: Slab<Flow>,
+    by_key: HashMap<Key, usize>,
+    /// Flows that may be able to make progress; each is in here at most once.
+    runnable: VecDeque<usize>,
+    /// When flows with nothing else to do must be looked at.
+    deadlines: BTreeSet<(Instant, usize)>,
+    /// Bytes of all flows' buffers.
+    buffered: usize,
+    next_port: u16,
+}
+
+struct Flow {
+    key: Key,
+    host: TcpStream,
+    phase: Phase,
+    queued: bool,
+    deadline: Option<Instant>,
+    readable: bool,
+    writable: bool,
+    /// The host's end sends no more: a short read does not mean that there is nothing to come.
+    host_closing: bool,
+}
+
+enum Phase {
+    /// Waiting for the host's side; holds the guest's SYN packet.
+    Connecting(Vec<u8>),
+    Open(Open),
+}
+
+struct Open {
+    sockets: SocketSet<'static>,
+    handle: SocketHandle,
+    buffers: usize,
+    established: bool,
+    /// The host's end of stream was passed on to the guest.
+    guest_told: bool,
+    /// The guest's end of stream was passed on to the host.
+    host_told: bool,
+}
+
+/// What becomes of a flow after some work.
+#[derive(Debug, PartialEq, Eq)]
+enum Next {
+    /// Nothing to do until something happens.
+    Wait,
+    /// More to send when the guest has taken frames.
+    Blocked,
+    /// Both directions ended in order.
+    Finished,
+    /// One side broke the connection; the other one has to learn that.
+    Broken,
+}
+
+impl TcpFlows {
+    pub(crate) fn new() -> Self {
+        Self {
+            flows: Slab::new(),
+            by_key: HashMap::new(),
+            runnable: VecDeque::new(),
+            deadlines: BTreeSet::new(),
+            buffered: 0,
+            next_port: FIRST_EPHEMERAL,
+        }
+    }
+
+    /// Breaks every connection.
+    pub(crate) fn reset(&mut self) {
+        for flow in self.flows.drain() {
+            abort_host(&flow.host);
+        }
+        *self = Self::new();
+    }
+
+    pub(crate) fn is_full(&self) -> bool {
+        self.flows.len() >= MAX_FLOWS
+    }
+
+    pub(crate) fn has_runnable(&self) -> bool {
+        !self.runnable.is_empty()
+    }
+
+    pub(crate) fn next_deadline(&self) -> Option<Instant> {
+        self.deadlines.first().map(|d| d.0)
+    }
+
+    /// Takes a TCP segment of a known connection from the guest; `false` if it belongs to none.
+    pub(crate) fn receive(&mut self, key: Key, packet: &[u8], reset: bool, guest: &mut Guest) -> bool {
+        let Some(&id) = self.by_key.get(&key) else { return false };
+        match &mut self.flows[id].phase {
+            Phase::Connecting(_) if reset => self.remove(id, false),
+            // A repeated SYN: the answer comes when the host has answered.
+            Phase::Connecting(_) => {}
+            Phase::Open(open) => {
+                guest.receive(packet, &mut open.sockets);
+                self.enqueue(id);
+            }
+        }
+        true
+    }
+
+    /// Starts a connection to `host` for the guest's SYN `packet`.
+    pub(crate) fn connect(
+        &mut self,
+        key: Key,
+        packet: &[u8],
+        host: SocketAddr,
+        guest: &mut Guest,
+        registry: &Registry,
+    ) {
+        let connected = TcpStream::connect(host).and_then(|stream| self.insert(key, stream, registry));
+        match connected {
+            Ok(id) => self.flows[id].phase = Phase::Connecting(packet.to_vec()),
+            Err(error) => refuse(packet, &error, key, guest),
+        }
+    }
+
+    /// Starts a connection into the guest for one that came in at a forward. `key` has the guest's port and the address
+    /// that the guest shall see; the port is chosen here.
+    pub(crate) fn accept(
+        &mut self,
+        stream: TcpStream,
+        mut key: Key,
+        guest: &mut Guest,
+        registry: &Registry,
+    ) -> io::Result<()> {
+        key.remote.set_port(self.free_port(key));
+        let mut open = self.open_buffers();
+        let socket = open.sockets.get_mut::<Socket>(open.handle);
+        socket
+            .connect(guest.context(), (GUEST, key.guest_port), key.remote)
+            .map_err(|e| io::Error::other(format!("cannot start a connection to the guest: {e}")))?;
+        self.buffered += open.buffers;
+        match self.insert(key, stream, registry) {
+            Ok(id) => {
+                self.flows[id].phase = Phase::Open(open);
+                self.enqueue(id);
+                Ok(())
+            }
+            Err(error) => {
+                self.buffered -= open.buffers;
+                Err(error)
+            }
+        }
+    }
+
+    /// The host's side of flow `id` is ready.
+    pub(crate) fn host_ready(&mut self, id: usize, event: &mio::event::Event) {
+        // An event may be for an earlier flow with the same number; at worst a system call is made in vain.
+        let Some(flow) = self.flows.get_mut(id) else { return };
+        flow.readable |= event.is_readable() || event.is_error();
+        flow.writable |= event.is_writable() || event.is_error();
+        flow.host_closing |= event.is_read_closed() || event.is_error();
+        self.enqueue(id);
+    }
+
+    /// Moves data until nothing more can move; `true` if that is because the guest does not take its frames.
+    pub(crate) fn run(&mut self, guest: &mut Guest) {
+        while let Some(&(deadline, id)) = self.deadlines.first() {
+            if deadline > guest.now {
+                break;
+            }
+            self.deadlines.pop_first();
+            self.flows[id].deadline = None;
+            self.enqueue(id);
+        }
+        let mut turns = self.runnable.len();
+        while turns > 0 && guest.outbox.has_room() {
+            turns -= 1;
+            let Some(id) = self.runnable.pop_front() else { break };
+            self.flows[id].queued = false;
+            self.run_one(id, guest);
+        }
+    }
+
+    fn run_one(&mut self, id: usize, guest: &mut Guest) {
+        if let Phase::Connecting(_) = self.flows[id].phase {
+            self.check_connected(id, guest);
+            return;
+        }
+        let flow = &mut self.flows[id];
+        let next = flow.pump(guest);
+        match next {
+            Next::Finished => self.remove(id, false),
+            Next::Broken => {
+                if let Phase::Open(open) = &mut self.flows[id].phase {
+                    open.sockets.get_mut::<Socket>(open.handle).abort();
+                    guest.send(&mut open.sockets);
+                }
+                self.remove(id, true);
+            }
+            Next::Blocked => self.enqueue(id),
+            Next::Wait => {
+                let Flow { phase: Phase::Open(open), deadline, .. } = &mut self.flows[id] else { return };
+                let new = guest.deadline(&open.sockets);
+                if *deadline != new {
+                    if let Some(old) = deadline.take() {
+                        self.deadlines.remove(&(old, id));
+                    }
+                    if let Some(new) = new {
+                        self.deadlines.insert((new, id));
+                    }
+                    *deadline = new;
+                }
+            }
+        }
+    }
+
+    /// Looks whether the host's side of a guest's connection stands by now, and answers the guest's SYN if so.
+    fn check_connected(&mut self, id: usize, guest: &mut Guest) {
+        let flow = &mut self.flows[id];
+        if !flow.writable {
+            return;
+        }
+        let Phase::Connecting(syn) = &mut flow.phase else { return };
+        let error = match flow.host.take_error() {
+            Ok(None) => flow.host.peer_addr().err(),
+            Ok(Some(error)) | Err(error) => Some(error),
+        };
+        let (key, syn) = match error {
+            Some(error) if error.kind() == ErrorKind::NotConnected => {
+                flow.writable = false;
+                return;
+            }
+            Some(error) => {
+                let (key, syn) = (flow.key, std::mem::take(syn));
+                self.remove(id, false);
+                refuse(&syn, &error, key, guest);
+                return;
+            }
+            None => (flow.key, std::mem::take(syn)),
+        };
+        let mut open = self.open_buffers();
+        let socket = open.sockets.get_mut::<Socket>(open.handle);
+        // Fails for port 0 only; the SYN then meets no socket and is answered with RST.
+        let _ = socket.listen(key.remote);
+        guest.receive(&syn, &mut open.sockets);
+        self.buffered += open.buffers;
+        self.flows[id].phase = Phase::Open(open);
+        self.enqueue(id);
+    }
+
+    fn insert(&mut self, key: Key, mut host: TcpStream, registry: &Registry) -> io::Result<usize> {
+        // Small writes must not wait for the peer's acknowledgement: the guest has decided already what to send when.
+        let _ = host.set_nodelay(true);
+        let entry = self.flows.vacant_entry();
+        let id = entry.key();
+        registry.register(&mut host, Source::Tcp(id).token(), Interest::READABLE | Interest::WRITABLE)?;
+        entry.insert(Flow {
+            key,
+            host,
+            phase: Phase::Connecting(Vec::new()),
+            queued: false,
+            deadline: None,
+            readable: false,
+            writable: false,
+            host_closing: false,
+        });
+        self.by_key.insert(key, id);
+        Ok(id)
+    }
+
+    fn remove(&mut self, id: usize, abort: bool) {
+        let flow = self.flows.remove(id);
+        if abort {
+            abort_host(&flow.host);
+        }
+        self.by_key.remove(&flow.key);
+        if flow.queued {
+            self.runnable.retain(|r| *r != id);
+        }
+        if let Some(deadline) = flow.deadline {
+            self.deadlines.remove(&(deadline, id));
+        }
+        if let Phase::Open(open) = flow.phase {
+            self.buffered -= open.buffers;
+        }
+    }
+
+    fn enqueue(&mut self, id: usize) {
+        let flow = &mut self.flows[id];
+        if !flow.queued {
+            flow.queued = true;
+            self.runnable.push_back(id);
+        }
+    }
+
+    /// A port that no connection to the same guest port uses. There are more ports than flows, so one is free.
+    fn free_port(&mut self, mut key: Key) -> u16 {
+        loop {
+            let port = self.next_port;
+            self.next_port = port.checked_add(1).unwrap_or(FIRST_EPHEMERAL);
+            key.remote.set_port(port);
+            if !self.by_key.contains_key(&key) {
+                return port;
+            }
+        }
+    }
+
+    /// A socket with buffers that get smaller as flows get many. Their pages take memory only once used.
+    fn open_buffers(&self) -> Open {
+        let size = buffer_size(self.buffered);
+        let buffer = || SocketBuffer::new(vec![0; size]);
+        let mut socket = Socket::new(buffer(), buffer());
+        socket.set_nagle_enabled(false);
+        socket.set_timeout(Some(HANDSHAKE_TIMEOUT));
+        let mut sockets = SocketSet::new(Vec::with_capacity(1));
+        let handle = sockets.add(socket);
+        Open { sockets, handle, buffers: 2 * size, established: false, guest_told: false, host_told: false }
+    }
+}
+
+/// Size of each of a new flow's two buffers, given the bytes of all others.
+fn buffer_size(buffered: usize) -> usize {
+    (BUFFER_BUDGET.saturating_sub(buffered) / 32).clamp(MIN_BUFFER, MAX_BUFFER)
+}
+
+/// Makes the host's peer see a broken connection instead of an orderly end.
+fn abort_host(host: &TcpStream) {
+    // Without it the peer sees an end of stream, which is all that is lost if the system refuses.
+    let _ = socket2::SockRef::from(host).set_linger(Some(std::time::Duration::ZERO));
+}
+
+/// Passes a failed connection attempt on to the guest.
+fn refuse(syn: &[u8], error: &io::Error, key: Key, guest: &mut Guest) {
+    match error.kind() {
+        // The guest repeats its SYN until it gives up, as it would on a real network.
+        ErrorKind::TimedOut => {}
+        ErrorKind::HostUnreachable | ErrorKind::NetworkUnreachable | ErrorKind::NetworkDown => {
+            guest.send_unreachable(syn, *key.remote.ip(), Unreachable::Host);
+        }
+        ErrorKind::ConnectionRefused | ErrorKind::ConnectionReset => reject(syn, guest),
+        _ => {
+            warn_limited!("no connection to {} for the guest: {error}", key.remote);
+            reject(syn, guest);
+        }
+    }
+}
+
+/// Answers a TCP segment with RST, unless it is one itself.
+pub(crate) fn reject(packet: &[u8], guest: &mut Guest) {
+    guest.receive(packet, &mut SocketSet::new(Vec::new()));
+}
+
+impl Flow {
+    /// Moves data in both directions until nothing more can move.
+    fn pump(&mut self, guest: &mut Guest) -> Next {
+        loop {
+            let Ok(to_host) = self.move_to_host() else { return Next::Broken };
+            let Ok(to_guest) = self.move_to_guest() else { return Next::Broken };
+            let Phase::Open(open) = &mut self.phase else { return Next::Wait };
+            if !guest.send(&mut open.sockets) {
+                return Next::Blocked;
+            }
+            if !(to_host || to_guest) {
+                return open.next();
+            }
+        }
+    }
+
+    /// Guest to host, straight out of the receive buffer; `true` if anything moved.
+    fn move_to_host(&mut self) -> io::Result<bool> {
+        let Phase::Open(open) = &mut self.phase else { return Ok(false) };
+        let socket = open.sockets.get_mut::<Socket>(open.handle);
+        let mut moved = false;
+        while self.writable && socket.can_recv() {
+            let (writable, host) = (&mut self.writable, &mut self.host);
+            let written = socket.recv(|data| match no_block(host.write(data)) {
+                Ok(n) => {
+                    // A short write filled the host's buffer; an event comes when there is room.
+                    *writable = n == data.len();
+                    (n, Ok(n))
+                }
+                Err(error) => (0, Err(error)),
+            });
+            match written {
+                Ok(result) => moved |= result? > 0,
+                Err(RecvError::Finished | RecvError::InvalidState) => break,
+            }
+        }
+        let ended =
+            matches!(socket.state(), State::CloseWait | State::LastAck | State::Closing | State::TimeWait);
+        if ended && !open.host_told && socket.recv_queue() == 0 {
+            open.host_told = true;
+            // Fails only if the peer broke the connection, which the next read or write tells.
+            let _ = self.host.shutdown(Shutdown::Write);
+            moved = true;
+        }
+        Ok(moved)
+    }
+
+    /// Host to guest, straight into the send buffer; `true` if anything moved.
+    fn move_to_guest(&mut self) -> io::Result<bool> {
+        let Phase::Open(open) = &mut self.phase else { return Ok(false) };
+        let socket = open.sockets.get_mut::<Socket>(open.handle);
+        let mut moved = false;
+        while self.readable && !open.guest_told && socket.can_send() {
+            let (readable, closing, host) = (&mut self.readable, self.host_closing, &mut self.host);
+            let mut ended = false;
+            let read = socket.send(|room| {
+                let full = room.len();
+                match no_block_eof(host.read(room)) {
+                    Ok(Some(0)) => {
+                        ended = true;
+                        (0, Ok(0))
+                    }
+                    // A short read emptied the host's buffer; an event comes when there is more.
+                    Ok(n) => {
+                        let n = n.unwrap_or(0);
+                        *readable = n == full || (closing && n > 0);
+                        (n, Ok(n))
+                    }
+                    Err(error) => (0, Err(error)),
+                }
+            });
+            match read {
+                Ok(result) => moved |= result? > 0,
+                Err(SendError::InvalidState) => break,
+            }
+            if ended {
+                socket.close();
+                // Nothing follows that an acknowledgement could ride on.
+                socket.set_ack_delay(None);
+                open.guest_told = true;
+                moved = true;
+            }
+        }
+        Ok(moved)
+    }
+}
+
+impl Open {
+    /// What the state of the guest's connection means for the flow, once all that could be sent is sent.
+    fn next(&mut self) -> Next {
+        let socket = self.sockets.get_mut::<Socket>(self.handle);
+        let handshake = matches!(socket.state(), State::SynSent | State::SynReceived);
+        if !self.established && !handshake {
+            self.established = true;
+            // From now on a guest may be silent for as long as it likes: it may be paused.
+            socket.set_timeout(None);
+        }
+        match socket.state() {
+            // The link loses nothing, so nobody has to linger for a repeated FIN.
+            State::TimeWait if self.host_told => Next::Finished,
+            State::Closed if self.host_told && self.guest_told => Next::Finished,
+            // LISTEN: the guest took its SYN back.
+            State::Closed | State::Listen => Next::Broken,
+            _ => Next::Wait,
+        }
+    }
+}
+
+/// A write that would block wrote nothing.
+fn no_block(result: io::Result<usize>) -> io::Result<usize> {
+    match result {
+        Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => Ok(0),
+        other => other,
+    }
+}
+
+/// `None` for a read that would block, which is not the same as the 0 of an end of stream.
+fn no_block_eof(result: io::Result<usize>) -> io::Result<Option<usize>> {
+    match result {
+        Err(e) if matches!(e.kind(), ErrorKind::WouldBlock) => Ok(None),
+        other => other.map(Some),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_stay_within_bounds_however_many_flows() {
+        let mut buffered = 0;
+        let mut sizes = Vec::new();
+        for _ in 0..MAX_FLOWS {
+            sizes.push(buffer_size(buffered));
+            buffered += 2 * sizes[sizes.len() - 1];
+        }
+        assert_eq!((sizes[0], sizes[MAX_FLOWS - 1]), (MAX_BUFFER, MIN_BUFFER));
+        assert!(sizes.is_sorted_by(|a, b| a >= b));
+        assert!(buffered < 128 << 20, "{buffered}");
+    }
+}

@@ -1,0 +1,6 @@
+//! The stack as a guest and the host's programs see it.
+
+mod datagrams;
+mod guest;
+mod hostile;
+mod tcp;
