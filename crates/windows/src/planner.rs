@@ -1,0 +1,549 @@
+//! The locked side: makes windows for misses, evicts idle ones, and undoes what fails.
+
+use core::sync::atomic::Ordering;
+
+use crate::busmap::BusMap;
+use crate::list::{List, UNRESOLVED};
+use crate::lru::{AgeList, private};
+use crate::rammap::RamMap;
+use crate::slot::{Private, Stage};
+use crate::storage::{Storage, StorageError, whole_granules};
+use crate::table::Use;
+use crate::{GRANULE, Limits, Policy, Range, Table};
+
+/// Rounds in which the host may refuse something before a call fails: as planned, exact, exact with nothing idle left.
+const ROUNDS: u32 = 3;
+
+/// Once something must be evicted, a further 1/64 of each budget is freed along with it, in the same batch: the next
+/// misses then find room, and space that the host returns late is on its way in time.
+const RESERVE_SHIFT: u32 = 6;
+
+/// One line of a batch for the host. The host works through a batch from the first line to the last, so that what is
+/// unmapped makes room for what is mapped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Request {
+    /// Guest memory to map or to unmap; whole granules.
+    pub range: Range,
+    /// To unmap: the host's handle. To map: the caller notes here what the host gave.
+    pub handle: u64,
+    /// The caller notes the bus address here; a multiple of [`GRANULE`].
+    pub bus: u64,
+    /// True to unmap, false to map.
+    pub unmap: bool,
+    /// The caller notes the result here.
+    pub outcome: Outcome,
+    window: u32,
+}
+
+/// What became of a [`Request`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Outcome {
+    /// Not answered: counts as refused.
+    #[default]
+    Open,
+    /// Done; for a mapping, `bus` and `handle` are valid.
+    Done,
+    /// Refused for want of space or of entries, or because space is in pieces: a smaller one may do.
+    NoSpace,
+    /// Refused for any other reason.
+    Refused,
+}
+
+/// What to do next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[must_use]
+pub enum Step {
+    /// The call is finished; every entry has its bus address.
+    Done,
+    /// Send [`Planner::batch`] to the host, note the outcomes in it, then call [`Planner::resume`].
+    Ask,
+    /// The call failed: no entry is mapped, all that was live before still is, at the same addresses. Only idle windows
+    /// may differ.
+    Failed(Failure),
+}
+
+/// Why a map call failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Failure {
+    /// An entry is empty, leaves the 64-bit space, or is not (all) RAM.
+    NotRam(Range),
+    /// The byte budget does not have room, even with every idle window given back.
+    Bytes,
+    /// The same for the entry budget.
+    Entries,
+    /// The host found no space although the budgets have room: fragmented, or not yet returned.
+    NoSpace,
+    /// The host refused, or gave an address that cannot be used.
+    Host,
+}
+
+/// Counts since creation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Stats {
+    /// Calls of [`Planner::begin`].
+    pub calls: u64,
+    /// Exchanges with the host.
+    pub exchanges: u64,
+    /// Mappings the host made.
+    pub maps: u64,
+    /// Mappings the host took down.
+    pub unmaps: u64,
+    /// Windows evicted to make room, and idle windows given up because using them again would have cost too many bytes.
+    pub evicted: u64,
+    /// See `evicted`.
+    pub replaced: u64,
+    /// Calls that failed.
+    pub failures: u64,
+    /// Mappings the host did not take down when asked; they stay counted against the budgets.
+    pub lost: u64,
+}
+
+/// Makes and evicts windows. One lock around it; see the crate's documentation.
+pub struct Planner<'a> {
+    private: &'a mut [Private],
+    batch: &'a mut [Request],
+    lines: usize,
+    ages: AgeList,
+    free: u32,
+    bytes: u64,
+    entries: u32,
+    /// First entry of the list under way that may have no address yet, and the first not looked at by the planner.
+    cursor: usize,
+    seen: usize,
+    refused: u32,
+    /// What the mappings of the batch under way will pin.
+    pending: Use,
+    stats: Stats,
+}
+
+/// How an attempt to find room ended.
+enum Room {
+    Made,
+    BatchFull,
+    None(Failure),
+}
+
+impl<'a> Planner<'a> {
+    /// Sets up a table and its planner over `storage`, for a guest whose RAM is `ram`.
+    ///
+    /// # Errors
+    /// [`StorageError`] says which limit, range or slice does not do.
+    pub fn create(
+        storage: Storage<'a>,
+        limits: Limits,
+        policy: Policy,
+        ram: &[Range],
+    ) -> Result<(Table<'a>, Planner<'a>), StorageError> {
+        let bounds = Storage::bounds(limits, ram, storage.batch.len())?;
+        storage.check(bounds)?;
+        let ram = RamMap::new(storage.ram_map, whole_granules(ram)?);
+        let bus = BusMap::new(storage.bus_keys, storage.bus_map);
+        for (id, own) in (1u32..).zip(storage.private.iter_mut().take(bounds.slots)) {
+            let last = u64::from(id) == bounds.slots as u64;
+            *own = Private { next: if last { 0 } else { id.saturating_add(1) }, ..Private::default() };
+        }
+        let planner = Planner {
+            private: storage.private,
+            batch: storage.batch,
+            lines: 0,
+            ages: AgeList::default(),
+            free: 1,
+            bytes: 0,
+            entries: 0,
+            cursor: 0,
+            seen: 0,
+            refused: 0,
+            pending: Use::default(),
+            stats: Stats::default(),
+        };
+        Ok((Table::new(storage.slots, ram, bus, limits, policy), planner))
+    }
+
+    /// Starts mapping `list`; every bus address in it is overwritten. [`Step::Ask`] needs [`Self::resume`] with the same
+    /// list before any other call.
+    pub fn begin(&mut self, table: &Table<'_>, list: &mut dyn List) -> Step {
+        self.stats.calls = self.stats.calls.wrapping_add(1);
+        table.epoch.fetch_add(1, Ordering::Relaxed);
+        // What is there is held first, so that nothing of it is evicted to make room for the rest.
+        for index in 0..list.count() {
+            let bus = table.hit(list.range(index)).unwrap_or(UNRESOLVED);
+            list.set_bus(index, bus);
+        }
+        self.cursor = 0;
+        self.seen = 0;
+        self.refused = 0;
+        self.ages.collect(table, self.private);
+        self.advance(table, list)
+    }
+
+    /// The lines to send to the host after [`Step::Ask`].
+    pub fn batch(&mut self) -> &mut [Request] {
+        self.batch.get_mut(..self.lines).unwrap_or_default()
+    }
+
+    /// Takes the outcomes noted in [`Self::batch`] and goes on with the call.
+    pub fn resume(&mut self, table: &Table<'_>, list: &mut dyn List) -> Step {
+        match self.settle(table) {
+            None => {}
+            Some(Outcome::NoSpace) if self.refused.saturating_add(1) < ROUNDS => {
+                self.refused = self.refused.saturating_add(1);
+            }
+            Some(Outcome::NoSpace) => return self.fail(table, list, Failure::NoSpace),
+            Some(_) => return self.fail(table, list, Failure::Host),
+        }
+        self.ages.collect(table, self.private);
+        self.advance(table, list)
+    }
+
+    /// Puts up to `count` idle windows, oldest first, into a batch to unmap. [`Step::Ask`] needs [`Self::settle_trim`]
+    /// after the exchange; [`Step::Done`] says that nothing is idle. With `u32::MAX`, repeated until done, nothing idle
+    /// stays mapped: for unbinding a driver.
+    pub fn trim(&mut self, table: &Table<'_>, count: u32) -> Step {
+        self.ages.collect(table, self.private);
+        for _ in 0..count.min(u32::try_from(self.batch.len()).unwrap_or(u32::MAX)) {
+            if !self.evict_one(table) {
+                break;
+            }
+        }
+        if self.lines == 0 { Step::Done } else { self.ask() }
+    }
+
+    /// Takes the outcomes of a batch that [`Self::trim`] made.
+    pub fn settle_trim(&mut self, table: &Table<'_>) {
+        self.settle(table);
+    }
+
+    /// Bytes and number of windows mapped, idle ones included.
+    pub fn mapped(&self) -> (u64, u32) {
+        (self.bytes, self.entries)
+    }
+
+    /// Counts since creation.
+    pub fn stats(&self) -> Stats {
+        self.stats
+    }
+
+    fn ask(&mut self) -> Step {
+        self.stats.exchanges = self.stats.exchanges.wrapping_add(1);
+        Step::Ask
+    }
+
+    fn advance(&mut self, table: &Table<'_>, list: &mut dyn List) -> Step {
+        for index in self.cursor..list.count() {
+            if list.bus(index) == UNRESOLVED {
+                let range = list.range(index);
+                // A window made for this entry is used even if by now one of its size would not be made.
+                if let Some(bus) = table.lookup(range, index < self.seen) {
+                    list.set_bus(index, bus);
+                } else {
+                    match self.plan(table, range) {
+                        Room::Made => {}
+                        Room::BatchFull => return self.ask(),
+                        Room::None(failure) => return self.fail(table, list, failure),
+                    }
+                }
+            }
+            if list.bus(index) != UNRESOLVED && self.cursor == index {
+                self.cursor = index.saturating_add(1);
+            }
+            self.seen = self.seen.max(index.saturating_add(1));
+        }
+        if self.lines == 0 { Step::Done } else { self.ask() }
+    }
+
+    /// Whether a window of the batch under way will cover `range`.
+    fn planned(&mut self, table: &Table<'_>, range: Range) -> bool {
+        let last = range.start.saturating_add(range.len.saturating_sub(1));
+        let planned = [range.start, last].into_iter().any(|address| {
+            let id = table.ram.get(address);
+            let pending = private(self.private, id).is_some_and(|own| own.stage == Stage::Pending);
+            pending && table.slot(id).is_some_and(|slot| slot.range().covers(range))
+        });
+        if planned {
+            self.pending.slack = self.pending.slack.saturating_sub(range.len);
+        }
+        planned
+    }
+
+    fn plan(&mut self, table: &Table<'_>, range: Range) -> Room {
+        if self.planned(table, range) {
+            return Room::Made;
+        }
+        let Some((need, ram)) = range.rounded().and_then(|need| Some((need, table.ram.region(need)?))) else {
+            return Room::None(Failure::NotRam(range));
+        };
+        if !self.give_up_idle(table, range) {
+            return Room::BatchFull;
+        }
+        let size = table.window_size(self.pending);
+        let window = if self.refused == 0 { extent(table, need, ram, size) } else { need };
+        if self.refused.saturating_add(1) == ROUNDS && !self.evict_all(table) {
+            return Room::BatchFull;
+        }
+        match self.make_room(table, window.len) {
+            Room::Made => self.add(table, window, range.len),
+            // Not even with nothing idle: what was asked for, and nothing around it.
+            Room::None(_) if window != need => match self.make_room(table, need.len) {
+                Room::Made => self.add(table, need, range.len),
+                other => other,
+            },
+            other => other,
+        }
+    }
+
+    /// Evicts the idle windows that cover `range`: `Table::hit` just refused to use them again. False if the batch has no
+    /// room left.
+    fn give_up_idle(&mut self, table: &Table<'_>, range: Range) -> bool {
+        let last = range.start.saturating_add(range.len.saturating_sub(1));
+        for address in [range.start, last] {
+            let id = table.ram.get(address);
+            let covers = table.slot(id).is_some_and(|slot| slot.range().covers(range));
+            let mapped = matches!(private(self.private, id).map(|own| own.stage), Some(Stage::Mapped { .. }));
+            if covers && mapped {
+                if self.lines >= self.batch.len() {
+                    return false;
+                }
+                if self.ages.evict_this(table, self.private, id) {
+                    self.stats.replaced = self.stats.replaced.wrapping_add(1);
+                    self.close(table, id);
+                }
+            }
+        }
+        true
+    }
+
+    /// Evicts idle windows by age until `len` bytes and one entry are free, and then some (see [`RESERVE_SHIFT`]).
+    fn make_room(&mut self, table: &Table<'_>, len: u64) -> Room {
+        let limits = table.limits;
+        let used = table.pinned();
+        // What no eviction brings back. Refusing before anything is evicted keeps a hopeless request cheap.
+        let fixed = used.bytes.saturating_add(self.pending.bytes);
+        if fixed.checked_add(len).is_none_or(|sum| sum > limits.bytes) {
+            return Room::None(Failure::Bytes);
+        }
+        if used.entries.saturating_add(self.pending.entries) >= limits.entries {
+            return Room::None(Failure::Entries);
+        }
+        // A line for the mapping itself must be left.
+        let last_line = self.batch.len().saturating_sub(1);
+        let mut pressed = false;
+        while let Some(failure) = self.lacks(limits, len, 1) {
+            if self.lines >= last_line {
+                return Room::BatchFull;
+            }
+            if !self.evict_one(table) {
+                return Room::None(failure);
+            }
+            pressed = true;
+        }
+        let reserve = (limits.bytes >> RESERVE_SHIFT, limits.entries >> RESERVE_SHIFT);
+        while pressed
+            && self.lines < last_line
+            && self.lacks(limits, len.saturating_add(reserve.0), reserve.1.saturating_add(1)).is_some()
+            && self.evict_one(table)
+        {}
+        if self.lines > last_line { Room::BatchFull } else { Room::Made }
+    }
+
+    /// Which budget does not have room for `bytes` and `entries` more.
+    fn lacks(&self, limits: Limits, bytes: u64, entries: u32) -> Option<Failure> {
+        if self.bytes.checked_add(bytes).is_none_or(|sum| sum > limits.bytes) {
+            Some(Failure::Bytes)
+        } else if self.entries.checked_add(entries).is_none_or(|sum| sum > limits.entries) {
+            Some(Failure::Entries)
+        } else {
+            None
+        }
+    }
+
+    fn evict_all(&mut self, table: &Table<'_>) -> bool {
+        while self.ages.len() != 0 {
+            if self.lines >= self.batch.len() {
+                return false;
+            }
+            if !self.evict_one(table) {
+                break;
+            }
+        }
+        true
+    }
+
+    fn evict_one(&mut self, table: &Table<'_>) -> bool {
+        if self.lines >= self.batch.len() {
+            return false;
+        }
+        let Some(id) = self.ages.evict(table, self.private) else { return false };
+        self.stats.evicted = self.stats.evicted.wrapping_add(1);
+        self.close(table, id);
+        true
+    }
+
+    /// Takes a dead window out of the maps and asks for its unmapping. Its bytes and its entry count as free for the
+    /// mappings behind it in the batch.
+    fn close(&mut self, table: &Table<'_>, id: u32) {
+        let (Some(slot), Some(own)) = (table.slot(id), private(self.private, id)) else { return };
+        own.stage = Stage::Closing;
+        let (range, handle) = (slot.range(), own.handle);
+        self.hide(table, id, range);
+        table.bus.remove(Range { start: slot.bus(), len: range.len });
+        self.bytes = self.bytes.saturating_sub(range.len);
+        self.entries = self.entries.saturating_sub(1);
+        self.line(Request { range, handle, unmap: true, window: id, ..Request::default() });
+    }
+
+    /// Takes a window out of the RAM map; windows that it overlapped at its edges get their granules back.
+    fn hide(&self, table: &Table<'_>, id: u32, range: Range) {
+        let Some(end) = range.end() else { return };
+        let left = table.ram.get(range.start.wrapping_sub(GRANULE));
+        let left_end = self.reach(table, left, id).and_then(|r| r.end()).unwrap_or(0);
+        let right = table.ram.get(end);
+        let right_start = self.reach(table, right, id).map_or(u64::MAX, |r| r.start);
+        table.ram.clear(range, id, (left, left_end), (right, right_start));
+    }
+
+    fn reach(&self, table: &Table<'_>, id: u32, not: u32) -> Option<Range> {
+        if id == not { None } else { table.slot(id).map(|slot| slot.range()) }
+    }
+
+    /// Adds the mapping of `range` to the batch, for a request of `live` bytes.
+    fn add(&mut self, table: &Table<'_>, range: Range, live: u64) -> Room {
+        let id = self.free;
+        let (Some(slot), Some(own)) = (table.slot(id), private(self.private, id)) else {
+            // There is a slot for each entry and each line of a batch.
+            return Room::None(Failure::Entries);
+        };
+        self.free = own.next;
+        *own = Private { stage: Stage::Pending, ..Private::default() };
+        slot.describe(range, UNRESOLVED);
+        table.ram.set(range, id);
+        self.bytes = self.bytes.saturating_add(range.len);
+        self.entries = self.entries.saturating_add(1);
+        self.pending.bytes = self.pending.bytes.saturating_add(range.len);
+        self.pending.entries = self.pending.entries.saturating_add(1);
+        self.pending.slack = self.pending.slack.saturating_add(range.len.saturating_sub(live));
+        self.line(Request { range, window: id, ..Request::default() });
+        Room::Made
+    }
+
+    fn line(&mut self, request: Request) {
+        if let Some(line) = self.batch.get_mut(self.lines) {
+            *line = request;
+            self.lines = self.lines.saturating_add(1);
+        }
+    }
+
+    /// Takes over the outcomes of the batch; the worst one, if anything was refused.
+    fn settle(&mut self, table: &Table<'_>) -> Option<Outcome> {
+        let mut worst = None;
+        self.pending = Use::default();
+        for index in 0..core::mem::take(&mut self.lines) {
+            let Some(&request) = self.batch.get(index) else { break };
+            if request.unmap {
+                self.settle_unmap(request);
+                continue;
+            }
+            let outcome = self.settle_map(table, request);
+            match outcome {
+                Outcome::Done => {}
+                Outcome::NoSpace => worst = worst.or(Some(outcome)),
+                Outcome::Open | Outcome::Refused => worst = Some(Outcome::Refused),
+            }
+        }
+        worst
+    }
+
+    fn settle_unmap(&mut self, request: Request) {
+        let id = request.window;
+        let (free, Some(own)) = (self.free, private(self.private, id)) else { return };
+        if request.outcome == Outcome::Done {
+            *own = Private { next: free, ..Private::default() };
+            self.free = id;
+            self.stats.unmaps = self.stats.unmaps.wrapping_add(1);
+        } else {
+            // The device may still reach it: never count its bytes as free again.
+            own.stage = Stage::Lost;
+            self.bytes = self.bytes.saturating_add(request.range.len);
+            self.entries = self.entries.saturating_add(1);
+            self.stats.lost = self.stats.lost.wrapping_add(1);
+        }
+    }
+
+    fn settle_map(&mut self, table: &Table<'_>, request: Request) -> Outcome {
+        let id = request.window;
+        let (Some(slot), Some(own)) = (table.slot(id), private(self.private, id)) else {
+            return Outcome::Refused;
+        };
+        let mut outcome = request.outcome;
+        if outcome == Outcome::Done {
+            self.stats.maps = self.stats.maps.wrapping_add(1);
+            own.handle = request.handle;
+            if table.bus.insert(Range { start: request.bus, len: request.range.len }, id) {
+                slot.describe(request.range, request.bus);
+                slot.stamp.store(table.epoch.load(Ordering::Relaxed), Ordering::Relaxed);
+                // Listed before it is open for references, so that a release in between does not queue it twice.
+                self.ages.adopt(table, self.private, id);
+                slot.publish();
+                return Outcome::Done;
+            }
+            // The host gave an address that overlaps another or is no granule's: it cannot be taken back safely either.
+            own.stage = Stage::Lost;
+            self.stats.lost = self.stats.lost.wrapping_add(1);
+            outcome = Outcome::Refused;
+        } else {
+            *own = Private { next: self.free, ..Private::default() };
+            self.free = id;
+            self.bytes = self.bytes.saturating_sub(request.range.len);
+            self.entries = self.entries.saturating_sub(1);
+        }
+        self.hide(table, id, request.range);
+        outcome
+    }
+
+    /// Undoes the call: lines not sent are dropped, references given back.
+    fn fail(&mut self, table: &Table<'_>, list: &mut dyn List, failure: Failure) -> Step {
+        self.stats.failures = self.stats.failures.wrapping_add(1);
+        self.drop_unsent(table);
+        let count = list.count();
+        table.release_list(list, count);
+        Step::Failed(failure)
+    }
+
+    /// Drops the mappings of a batch that was never sent, and takes its evictions back: those windows are still mapped.
+    fn drop_unsent(&mut self, table: &Table<'_>) {
+        self.pending = Use::default();
+        for index in (0..core::mem::take(&mut self.lines)).rev() {
+            let Some(&request) = self.batch.get(index) else { break };
+            if request.unmap {
+                self.reopen(table, request);
+            } else {
+                self.settle_map(table, Request { outcome: Outcome::Refused, ..request });
+            }
+        }
+    }
+
+    fn reopen(&mut self, table: &Table<'_>, request: Request) {
+        let id = request.window;
+        let (Some(slot), Some(own)) = (table.slot(id), private(self.private, id)) else { return };
+        *own = Private { handle: request.handle, ..Private::default() };
+        self.bytes = self.bytes.saturating_add(request.range.len);
+        self.entries = self.entries.saturating_add(1);
+        let inserted = table.bus.insert(Range { start: slot.bus(), len: request.range.len }, id);
+        debug_assert!(inserted, "nobody else takes the bus range of a window that was never unmapped");
+        table.ram.set(request.range, id);
+        self.ages.adopt(table, self.private, id);
+        slot.publish();
+    }
+}
+
+/// The guest memory to map for a request that needs `need`: the aligned block around it, as large as the policy allows,
+/// clipped to its RAM range and to what is not mapped yet.
+fn extent(table: &Table<'_>, need: Range, ram: Range, size: u64) -> Range {
+    if need.len >= size {
+        return need;
+    }
+    let mask = size.wrapping_sub(1);
+    let (Some(need_end), Some(ram_end)) = (need.end(), ram.end()) else { return need };
+    let start = (need.start & !mask).max(ram.start);
+    let end = need_end.checked_next_multiple_of(size).unwrap_or(ram_end).min(ram_end);
+    table.ram.free_around(need, Range { start, len: end.saturating_sub(start) })
+}
