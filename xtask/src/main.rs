@@ -1,3 +1,62 @@
-//! Placeholder of the first commit.
+//! Automation of this workspace: `cargo xtask --help`.
 
-fn main() {}
+mod arm64;
+mod debian;
+mod lab;
+mod paths;
+mod process;
+mod stamp;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use paths::Paths;
+use std::process::{Command, ExitCode};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "Automation of Outboard's workspace")]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Boot a Linux guest with Outboard, in an emulated arm64 host
+    Lab(lab::Options),
+    /// Install what the other tasks need and is missing
+    Setup {
+        /// Only say what would be installed
+        #[arg(long)]
+        dry_run: bool,
+    },
+}
+
+fn main() -> ExitCode {
+    match run(&Cli::parse().task) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(task: &Task) -> Result<bool> {
+    let paths = Paths::new()?;
+    match task {
+        Task::Lab(options) => lab::run(&paths, options),
+        Task::Setup { dry_run } => {
+            debian::setup::ensure(&paths, &debian::setup::LAB, *dry_run)?;
+            Ok(true)
+        }
+    }
+}
+
+/// The cargo that runs this program, in the clone.
+fn cargo(paths: &Paths) -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    // What `cargo run` sets for us would make a cargo below it build everything again.
+    command.env_remove("CARGO_MANIFEST_DIR").current_dir(&paths.root);
+    command
+}

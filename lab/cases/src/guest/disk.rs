@@ -1,0 +1,122 @@
+//! Disks in the guest.
+
+use super::{Guest, wait_for};
+use crate::data::{Aligned, BLOCK, Pattern};
+use anyhow::{Context, Result, bail};
+use nix::libc;
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Bytes of one request of the sequential helpers here.
+const CHUNK: usize = 1 << 20;
+
+/// A disk, opened past the guest's page cache.
+pub struct GuestDisk {
+    file: File,
+    name: String,
+}
+
+impl GuestDisk {
+    /// Opens `/dev/NAME` (`vda`, `vdb`, …) as soon as it is there.
+    pub fn open(guest: &mut Guest, name: &str, write: bool) -> Result<Self> {
+        guest.need("virtio_blk")?;
+        let path = PathBuf::from("/dev").join(name);
+        wait_for(&format!("disk {name}"), Duration::from_secs(20), || path.exists().then_some(()))?;
+        let file = OpenOptions::new()
+            .read(true)
+            .write(write)
+            .custom_flags(libc::O_DIRECT)
+            .open(&path)
+            .with_context(|| format!("cannot open {}", path.display()))?;
+        Ok(Self { file, name: name.to_owned() })
+    }
+
+    /// Size in bytes.
+    pub fn len(&self) -> Result<u64> {
+        let sectors: u64 = self.attribute("size")?.parse()?;
+        Ok(sectors * 512)
+    }
+
+    /// Whether it has no bytes.
+    pub fn is_empty(&self) -> Result<bool> {
+        Ok(self.len()? == 0)
+    }
+
+    /// A file of the disk's folder in sysfs.
+    pub fn attribute(&self, name: &str) -> Result<String> {
+        let path = format!("/sys/class/block/{}/{name}", self.name);
+        Ok(std::fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?.trim().to_owned())
+    }
+
+    /// The open device.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Writes `count` blocks of `pattern` from block `first` on, in requests of up to 1 MiB, without a flush.
+    pub fn write_pattern(&self, pattern: Pattern, first: u64, count: u64) -> Result<()> {
+        let mut buffer = Aligned::new(CHUNK);
+        self.in_chunks(first, count, |at, blocks| {
+            let bytes = blocks * BLOCK;
+            pattern.blocks(at, &mut buffer.get_mut()[..bytes]);
+            self.file
+                .write_all_at(&buffer.get()[..bytes], at * BLOCK as u64)
+                .with_context(|| format!("writing {} block {at}", self.name))
+        })
+    }
+
+    /// Checks that `count` blocks of `pattern` stand from block `first` on.
+    pub fn check_pattern(&self, pattern: Pattern, first: u64, count: u64) -> Result<()> {
+        let mut buffer = Aligned::new(CHUNK);
+        self.in_chunks(first, count, |at, blocks| {
+            let bytes = blocks * BLOCK;
+            self.file
+                .read_exact_at(&mut buffer.get_mut()[..bytes], at * BLOCK as u64)
+                .with_context(|| format!("reading {} block {at}", self.name))?;
+            match pattern.first_difference(at, &buffer.get()[..bytes]) {
+                None => Ok(()),
+                Some(block) => bail!("{} block {block} does not hold what was written", self.name),
+            }
+        })
+    }
+
+    /// Reads one block.
+    pub fn read_block(&self, index: u64) -> Result<Aligned> {
+        let mut buffer = Aligned::new(BLOCK);
+        self.file
+            .read_exact_at(buffer.get_mut(), index * BLOCK as u64)
+            .with_context(|| format!("reading {} block {index}", self.name))?;
+        Ok(buffer)
+    }
+
+    /// Writes one block.
+    pub fn write_block(&self, index: u64, block: &Aligned) -> Result<()> {
+        let at = index * BLOCK as u64;
+        self.file
+            .write_all_at(block.get(), at)
+            .with_context(|| format!("writing {} block {index}", self.name))
+    }
+
+    /// Flushes: afterwards everything written is durable.
+    pub fn flush(&self) -> Result<()> {
+        self.file.sync_all().with_context(|| format!("flushing {}", self.name))
+    }
+
+    fn in_chunks(
+        &self,
+        first: u64,
+        count: u64,
+        mut each: impl FnMut(u64, usize) -> Result<()>,
+    ) -> Result<()> {
+        let most = (CHUNK / BLOCK) as u64;
+        let mut at = first;
+        while at < first + count {
+            let blocks = most.min(first + count - at);
+            each(at, usize::try_from(blocks)?)?;
+            at += blocks;
+        }
+        Ok(())
+    }
+}

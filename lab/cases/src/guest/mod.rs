@@ -1,0 +1,130 @@
+//! What the guest half of a case works with.
+
+pub mod disk;
+pub mod net;
+
+use crate::protocol::{GuestLine, MARK};
+use anyhow::{Context, Result, bail};
+use nix::kmod::{ModuleInitFlags, finit_module};
+use std::collections::{HashMap, HashSet};
+use std::fs;
+use std::io::Write;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+/// In the initramfs: which modules a module needs, in the order in which they load (written by `xtask`).
+const MODULE_LIST: &str = "/etc/modules.load";
+
+/// The guest, as its init sees it.
+pub struct Guest {
+    args: HashMap<String, String>,
+    loaded: HashSet<String>,
+}
+
+impl Guest {
+    /// From the kernel's command line.
+    pub fn new(cmdline: &str) -> Self {
+        let args = cmdline
+            .split_whitespace()
+            .filter_map(|word| word.strip_prefix("lab.")?.split_once('='))
+            .map(|(key, value)| (key.to_owned(), value.to_owned()))
+            .collect();
+        Self { args, loaded: HashSet::new() }
+    }
+
+    /// The value that the host half gave for `key`.
+    pub fn arg(&self, key: &str) -> Result<&str> {
+        let value = self.args.get(key).map(String::as_str);
+        value.with_context(|| format!("the host half gave no '{key}'"))
+    }
+
+    /// The number that the host half gave for `key`.
+    pub fn number(&self, key: &str) -> Result<u64> {
+        self.arg(key)?.parse().with_context(|| format!("'{key}' is no number"))
+    }
+
+    /// Tells the host half a fact.
+    pub fn note(&self, key: &str, value: impl Into<serde_json::Value>) {
+        say(&GuestLine::Note(key.into(), value.into()));
+    }
+
+    /// Loads a module of the kernel and what it needs. A module that this kernel has built in, or does not have, is
+    /// `Ok(false)`.
+    pub fn load(&mut self, name: &str) -> Result<bool> {
+        let list = fs::read_to_string(MODULE_LIST).with_context(|| format!("cannot read {MODULE_LIST}"))?;
+        let Some(files) = list.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')) else {
+            return Ok(false);
+        };
+        for path in files.split_whitespace() {
+            if self.loaded.insert(path.to_owned()) {
+                load_file(path)?;
+            }
+        }
+        Ok(true)
+    }
+
+    /// Loads a module that must be there.
+    pub fn need(&mut self, name: &str) -> Result<()> {
+        if !self.load(name)? {
+            bail!("{MODULE_LIST} has no module {name}");
+        }
+        Ok(())
+    }
+}
+
+/// Loads one module file.
+pub fn load_file(path: &str) -> Result<()> {
+    let file = fs::File::open(path).with_context(|| format!("cannot open the module {path}"))?;
+    match finit_module(&file, c"", ModuleInitFlags::empty()) {
+        Ok(()) | Err(nix::errno::Errno::EEXIST) => Ok(()),
+        Err(error) => Err(error).with_context(|| format!("cannot load the module {path}")),
+    }
+}
+
+/// Prints a line for the host half. Starts on a line of its own, whatever is on the console, and is one write.
+pub fn say(line: &GuestLine) {
+    let json = serde_json::to_string(line).expect("guest lines serialize");
+    let text = format!("\n{MARK}{json}\n");
+    let mut console = std::io::stdout().lock();
+    // If the console is gone there is nobody to tell.
+    let _ = console.write_all(text.as_bytes());
+    let _ = console.flush();
+}
+
+/// Waits until `test` gives a value.
+pub fn wait_for<T>(what: &str, limit: Duration, mut test: impl FnMut() -> Option<T>) -> Result<T> {
+    let deadline = Instant::now() + limit;
+    loop {
+        if let Some(value) = test() {
+            return Ok(value);
+        }
+        if Instant::now() > deadline {
+            bail!("no {what} after {limit:?}");
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Runs a program of busybox and returns what it printed.
+pub fn busybox(args: &[&str]) -> Result<String> {
+    let output = Command::new("/bin/busybox").args(args).output().context("cannot start busybox")?;
+    if !output.status.success() {
+        bail!("busybox {}: {}", args.join(" "), crate::host::describe(&output));
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arguments_come_from_the_command_line() {
+        let guest = Guest::new("console=ttyAMA0 quiet lab.case=demo lab.stage=2 lab.url=http://a/?b=c");
+        assert_eq!(guest.arg("case").expect("there"), "demo");
+        assert_eq!(guest.number("stage").expect("a number"), 2);
+        assert_eq!(guest.arg("url").expect("there"), "http://a/?b=c");
+        assert!(guest.arg("console").is_err());
+        assert!(guest.number("case").is_err());
+    }
+}

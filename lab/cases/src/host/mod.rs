@@ -1,0 +1,160 @@
+//! What the host half of a case works with.
+
+mod serve;
+mod spec;
+mod vm;
+
+pub use serve::{DNS_ANSWER, DNS_NAME, dns_server, web_server};
+pub use spec::{Console, Disk, GuestSpec, Kernel};
+pub use vm::{ExitKind, RunningVm};
+
+use crate::protocol::{Event, Outcome, Vmm};
+use anyhow::{Context, Result, bail};
+use std::cell::Cell;
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::time::Instant;
+
+/// Where the read-only share is mounted in the emulated host.
+pub const SHARE: &str = "/lab";
+/// Where logs and images that go back are put.
+pub const OUT: &str = "/out";
+/// Memory-backed scratch of the running case; emptied between cases.
+pub const WORK: &str = "/run/case";
+
+/// The emulated host, as a case sees it.
+pub struct Host {
+    case: &'static str,
+    vmm: Vmm,
+    boots: Cell<u32>,
+    stream_console: Cell<bool>,
+}
+
+impl Host {
+    /// For one run of `case`.
+    pub fn new(case: &'static str, vmm: Vmm) -> Self {
+        Self { case, vmm, boots: Cell::new(0), stream_console: Cell::new(false) }
+    }
+
+    /// The case's name.
+    pub fn case(&self) -> &'static str {
+        self.case
+    }
+
+    /// Who runs the guests of this case.
+    pub fn vmm(&self) -> Vmm {
+        self.vmm
+    }
+
+    /// From now on the guests' consoles are also sent to `xtask`.
+    pub fn stream_console(&self) {
+        self.stream_console.set(true);
+    }
+
+    /// Sends an event to `xtask`.
+    pub fn send(&self, event: &Event) {
+        send(event);
+    }
+
+    /// Says something to whoever watches.
+    pub fn log(&self, text: impl Into<String>) {
+        send(&Event::Log(text.into()));
+    }
+
+    /// Ends a phase that began at `start`.
+    pub fn phase(&self, name: &str, start: Instant) {
+        send(&Event::Phase { name: name.into(), ms: millis(start) });
+    }
+
+    /// Adds a fact to the report.
+    pub fn fact(&self, key: &str, value: impl Into<serde_json::Value>) {
+        send(&Event::Fact(key.into(), value.into()));
+    }
+
+    /// Reports a part that is counted by itself.
+    pub fn part(&self, name: impl Into<String>, result: Result<()>) {
+        let outcome = match result {
+            Ok(()) => Outcome::Passed,
+            Err(error) => Outcome::Failed(format!("{error:#}")),
+        };
+        send(&Event::Part { name: name.into(), outcome });
+    }
+
+    /// A guest with this case's guest half, to be described further.
+    pub fn guest(&self, kernel: Kernel) -> GuestSpec {
+        GuestSpec::new(self.case, self.vmm, kernel)
+    }
+
+    /// Starts a guest. Its console and its monitor's messages go to the logs.
+    pub fn start(&self, spec: &GuestSpec) -> Result<RunningVm> {
+        let boot = self.boots.get() + 1;
+        self.boots.set(boot);
+        let logs = Path::new(OUT).join("logs");
+        let stem = format!("{}-{boot}", self.case);
+        RunningVm::start(spec, &logs, &stem, self.stream_console.get())
+    }
+
+    /// A path in the case's scratch.
+    pub fn scratch(&self, name: &str) -> PathBuf {
+        Path::new(WORK).join(name)
+    }
+
+    /// A disk image of `mib` MiB of zeros (sparse) in the scratch.
+    pub fn raw_image(&self, name: &str, mib: u64) -> Result<PathBuf> {
+        let path = self.scratch(name);
+        let file = fs::File::create(&path).with_context(|| format!("cannot create {}", path.display()))?;
+        file.set_len(mib << 20)?;
+        Ok(path)
+    }
+
+    /// Runs the distribution's `qemu-img` with `args` and returns what it printed.
+    pub fn qemu_img(&self, args: &[&str]) -> Result<String> {
+        let mut command = peer_program("qemu-img");
+        command.args(args);
+        let output = command.output().context("cannot start qemu-img from the peer's root")?;
+        if !output.status.success() {
+            bail!("qemu-img {}: {}", args.join(" "), describe(&output));
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// The output of `outboard ARGS`, whatever its exit status.
+    pub fn outboard(&self, args: &[&str]) -> Result<Output> {
+        Command::new(outboard_path()).args(args).output().context("cannot start outboard")
+    }
+}
+
+/// The monitor built here, in the share.
+pub fn outboard_path() -> PathBuf {
+    Path::new(SHARE).join("bin/outboard")
+}
+
+/// A program of the peer's root tree, started by that tree's own dynamic loader.
+pub fn peer_program(name: &str) -> Command {
+    let root = Path::new(SHARE).join("peer");
+    let mut command = Command::new(root.join("ld-linux-aarch64.so.1"));
+    command.arg("--library-path").arg(root.join("lib")).arg(root.join("bin").join(name));
+    command
+}
+
+/// Sends an event to `xtask`, by way of the agent that started this process.
+pub fn send(event: &Event) {
+    let mut line = serde_json::to_string(event).expect("events serialize");
+    line.push('\n');
+    // One write, so that events of several threads do not mix. If nobody listens any more, nobody misses it.
+    let _ = std::io::stdout().lock().write_all(line.as_bytes());
+}
+
+/// Milliseconds since `start`.
+pub fn millis(start: Instant) -> u64 {
+    u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX)
+}
+
+/// An exit and the end of what was printed, for an error message.
+pub fn describe(output: &Output) -> String {
+    let text =
+        format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    format!("{}: {}", output.status, text.trim())
+}

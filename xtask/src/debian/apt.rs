@@ -1,0 +1,208 @@
+//! apt with its own sources, lists and cache under `target/lab`: nothing of the machine's own state is changed, and a
+//! broken third-party source in it does no harm.
+
+use super::mirrors::{self, Mirrors, Source};
+use crate::process;
+use anyhow::{Context, Result, bail};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Key of the distribution, from the package `debian-archive-keyring`; a Debian machine has it.
+const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+
+/// Which packages count as installed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Status {
+    /// Those of the machine: for what is installed into it.
+    System,
+    /// None: for what is only unpacked.
+    Empty,
+}
+
+/// An apt of our own.
+pub struct Apt {
+    folder: PathBuf,
+    architecture: String,
+    status: Status,
+}
+
+impl Apt {
+    /// For `architecture` and the suites of `release`, with its state in `folder`.
+    pub fn new(folder: PathBuf, architecture: &str, release: &str, status: Status) -> Result<Self> {
+        let machine = codename()?;
+        let mirrors = mirrors::find(Path::new("/etc/apt"), &machine)?;
+        for part in ["lists/partial", "cache/archives/partial", "deb"] {
+            fs::create_dir_all(folder.join(part))?;
+        }
+        fs::write(folder.join("sources.list"), sources(&mirrors, release, architecture))?;
+        fs::write(folder.join("status"), "")?;
+        let apt = Self { folder, architecture: architecture.to_owned(), status };
+        fs::write(apt.folder.join("apt.conf"), apt.configuration()?)?;
+        Ok(apt)
+    }
+
+    fn configuration(&self) -> Result<String> {
+        let folder = self.folder.to_str().context("the clone's path is not valid UTF-8; move it")?;
+        let status = match self.status {
+            Status::System => "/var/lib/dpkg/status".to_owned(),
+            Status::Empty => format!("{folder}/status"),
+        };
+        // The sandbox user could not read a clone in a private home folder.
+        Ok(format!(
+            "APT::Architecture \"{arch}\";\nAPT::Architectures {{ \"{arch}\"; }};\n\
+             Dir::State::Lists \"{folder}/lists\";\nDir::State::status \"{status}\";\n\
+             Dir::Cache \"{folder}/cache\";\n\
+             Dir::Etc::sourcelist \"{folder}/sources.list\";\nDir::Etc::sourceparts \"/dev/null\";\n\
+             Acquire::Languages \"none\";\nAPT::Sandbox::User \"\";\nAPT::Install-Recommends \"false\";\n\
+             Acquire::Retries \"3\";\n",
+            arch = self.architecture
+        ))
+    }
+
+    fn command(&self, program: &str) -> Command {
+        let mut command = Command::new(program);
+        command.env("APT_CONFIG", self.folder.join("apt.conf")).env("LC_ALL", "C");
+        command
+    }
+
+    fn log(&self, name: &str) -> PathBuf {
+        self.folder.join(format!("{name}.log"))
+    }
+
+    /// Fetches the lists of packages.
+    pub fn update(&self) -> Result<()> {
+        let mut command = self.command("apt-get");
+        // Without this option apt-get warns about unreachable mirrors and says that all is well.
+        command.args(["update", "-q", "-o", "APT::Update::Error-Mode=any"]);
+        process::run_logged(&mut command, "fetching Debian's lists of packages", &self.log("update"))
+            .context("is the machine on the network, and its mirror in /etc/apt reachable?")
+    }
+
+    /// The package that metapackage `name` stands for: the first it depends on that starts with `prefix`.
+    pub fn resolve(&self, name: &str, prefix: &str) -> Result<String> {
+        let mut command = self.command("apt-cache");
+        let text = process::output(
+            command.args(["show", "--no-all-versions", name]),
+            &format!("looking for {name}"),
+        )?;
+        let depends = text.lines().find_map(|line| line.strip_prefix("Depends:")).unwrap_or_default();
+        let names = depends.split(',').filter_map(|one| one.split_whitespace().next());
+        names.into_iter().find(|one| one.starts_with(prefix)).map(str::to_owned).with_context(|| {
+            format!("Debian's {name} depends on no package {prefix}…; it depends on:{depends}")
+        })
+    }
+
+    /// Downloads exactly these packages. Returns their files, in an order of their own.
+    pub fn download(&self, names: &[String]) -> Result<Vec<PathBuf>> {
+        let folder = self.folder.join("deb");
+        let before = list(&folder)?;
+        let mut command = self.command("apt-get");
+        command.args(["download", "-q"]).args(names).current_dir(&folder);
+        process::run_logged(&mut command, "downloading Debian packages", &self.log("download"))?;
+        let mut files = Vec::new();
+        for name in names {
+            let prefix = format!("{name}_");
+            let is =
+                |path: &&PathBuf| path.file_name().is_some_and(|f| f.to_string_lossy().starts_with(&prefix));
+            let all = list(&folder)?;
+            let new = all.iter().filter(|path| !before.contains(path)).find(is);
+            let file = new
+                .or_else(|| all.iter().rev().find(is))
+                .with_context(|| format!("apt brought no {name}"))?;
+            files.push(file.clone());
+        }
+        Ok(files)
+    }
+
+    /// Downloads these packages and all they depend on.
+    pub fn download_with_dependencies(&self, names: &[String]) -> Result<Vec<PathBuf>> {
+        let mut command = self.command("apt-get");
+        command.args(["install", "-y", "-q", "--download-only"]).args(names);
+        process::run_logged(&mut command, "downloading Debian packages", &self.log("download"))?;
+        list(&self.folder.join("cache/archives"))
+    }
+
+    /// Installs these packages into the machine, with sudo unless this is root.
+    pub fn install(&self, names: &[&str]) -> Result<()> {
+        if self.status != Status::System {
+            bail!("only an apt that knows the machine's packages may install into it");
+        }
+        let apt = self.command("apt-get");
+        let mut command = if nix::unistd::geteuid().is_root() {
+            apt
+        } else {
+            let mut sudo = Command::new("sudo");
+            sudo.arg("env")
+                .arg(format!("APT_CONFIG={}", self.folder.join("apt.conf").display()))
+                .arg("apt-get");
+            sudo
+        };
+        command.env("DEBIAN_FRONTEND", "noninteractive");
+        command.args(["install", "-y", "-q"]).args(names);
+        process::run_logged(&mut command, "installing Debian packages", &self.log("install"))
+    }
+}
+
+/// Unpacks a package file into `to`.
+pub fn unpack(file: &Path, to: &Path) -> Result<()> {
+    fs::create_dir_all(to)?;
+    let what = format!("unpacking {}", file.display());
+    process::output(Command::new("dpkg-deb").arg("-x").arg(file).arg(to), &what)
+        .context("is the disk full? The lab needs about 3 GB under target/")?;
+    Ok(())
+}
+
+/// The machine's release, such as `bookworm`.
+pub fn codename() -> Result<String> {
+    let text = fs::read_to_string("/etc/os-release").context("cannot read /etc/os-release")?;
+    let field = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
+    if field("ID") != Some("debian") {
+        bail!(
+            "the lab prepares itself on Debian 12 or 13 (this machine says {}). Run it in a Debian container or \
+             virtual machine",
+            field("PRETTY_NAME").unwrap_or("nothing about itself")
+        );
+    }
+    Ok(field("VERSION_CODENAME")
+        .context("/etc/os-release has no VERSION_CODENAME")?
+        .trim_matches('"')
+        .to_owned())
+}
+
+fn list(folder: &Path) -> Result<Vec<PathBuf>> {
+    let mut files: Vec<PathBuf> = fs::read_dir(folder)?.flatten().map(|entry| entry.path()).collect();
+    files.retain(|path| path.extension().is_some_and(|extension| extension == "deb"));
+    files.sort();
+    Ok(files)
+}
+
+fn sources(mirrors: &Mirrors, release: &str, architecture: &str) -> String {
+    let key = Path::new(KEYRING).exists().then(|| format!("signed-by={KEYRING}"));
+    let line = |source: &Source, suite: &str| {
+        let mut options = vec![format!("arch={architecture}")];
+        options.extend(key.clone());
+        options.extend(source.options.iter().cloned());
+        format!("deb [{}] {} {suite} main\n", options.join(" "), source.uri)
+    };
+    line(&mirrors.main, release)
+        + &line(&mirrors.main, &format!("{release}-updates"))
+        + &line(&mirrors.security, &format!("{release}-security"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sources_keep_the_machines_mirror_and_change_the_release() {
+        let main =
+            Source { uri: "http://m.test/debian".into(), options: vec!["check-valid-until=no".into()] };
+        let security = Source { uri: "http://s.test/sec".into(), options: Vec::new() };
+        let text = sources(&Mirrors { main, security }, "bookworm", "arm64");
+        assert_eq!(text.lines().count(), 3);
+        assert!(text.lines().all(|line| line.starts_with("deb [arch=arm64")));
+        assert!(text.contains("check-valid-until=no] http://m.test/debian bookworm-updates main"));
+        assert!(text.contains("http://s.test/sec bookworm-security main"));
+    }
+}

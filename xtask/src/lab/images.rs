@@ -1,0 +1,175 @@
+//! What the emulated host boots from, and what it finds in the share.
+
+use super::modules::{Module, Modules};
+use super::packages::Packages;
+use crate::paths::Paths;
+use crate::stamp;
+use anyhow::{Context, Result, bail};
+use cpio::newc::{self, ModeFileType};
+use lab_cases::host::Kernel;
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Modules that the emulated host loads at once: the shared folders.
+const HOST_MODULES: [&str; 2] = ["9p", "9pnet_virtio"];
+/// Modules that guest halves may ask for.
+const GUEST_MODULES: [&str; 7] = [
+    "virtio_blk",
+    "virtio_net",
+    "virtio_rng",
+    "vmw_vsock_virtio_transport",
+    "gpio_keys",
+    "evdev",
+    "virtio_console",
+];
+/// Programs of busybox that have a name of their own in the shell.
+const APPLETS: [&str; 34] = [
+    "sh",
+    "ls",
+    "cat",
+    "cp",
+    "mv",
+    "rm",
+    "mkdir",
+    "mount",
+    "umount",
+    "dd",
+    "dmesg",
+    "free",
+    "grep",
+    "head",
+    "hexdump",
+    "ip",
+    "kill",
+    "less",
+    "lspci",
+    "more",
+    "nslookup",
+    "ping",
+    "poweroff",
+    "ps",
+    "reboot",
+    "sed",
+    "sha256sum",
+    "sleep",
+    "tail",
+    "top",
+    "uname",
+    "vi",
+    "wget",
+    "wc",
+];
+
+/// The emulated host's kernel and initramfs.
+pub struct HostImages {
+    /// The kernel.
+    pub kernel: PathBuf,
+    /// The initramfs.
+    pub initrd: PathBuf,
+}
+
+/// Makes the emulated host's images and fills the share. `programs` is the folder with the arm64 programs.
+pub fn prepare(paths: &Paths, packages: &Packages, programs: &Path, peer: bool) -> Result<HostImages> {
+    let agent = programs.join("lab-agent");
+    let busybox = packages.busybox();
+    let host_root = packages.kernel(Kernel::V6_12);
+    let initrd = paths.lab.join("host.cpio");
+    let sums = stamp::sum(&[&agent, &busybox])?;
+    let inputs = format!("{sums}{}\n{HOST_MODULES:?}{APPLETS:?}", host_root.display());
+    stamp::once(paths, "host-initramfs", &inputs, &[&initrd], || {
+        initramfs(&initrd, &agent, &busybox, &mut Modules::scan(host_root)?, &HOST_MODULES)
+    })?;
+    for kernel in Kernel::ALL {
+        let root = packages.kernel(kernel);
+        let folder = paths.share().join("kernels").join(kernel.name());
+        let image = folder.join("Image");
+        stamp::once(
+            paths,
+            &format!("kernel-{}", kernel.name()),
+            &root.display().to_string(),
+            &[&image],
+            || flat_image(&kernel_file(root)?, &image),
+        )?;
+        let initrd = folder.join("initrd.cpio");
+        let inputs = format!("{sums}{}\n{GUEST_MODULES:?}{APPLETS:?}", root.display());
+        stamp::once(paths, &format!("initramfs-{}", kernel.name()), &inputs, &[&initrd], || {
+            initramfs(&initrd, &agent, &busybox, &mut Modules::scan(root)?, &GUEST_MODULES)
+        })?;
+    }
+    for program in ["outboard", "hv-conformance"] {
+        let from = programs.join(program);
+        if from.is_file() {
+            stamp::copy_if_changed(&from, &paths.share().join("bin").join(program))?;
+        }
+    }
+    if peer {
+        super::peer::prepare(paths)?;
+    }
+    Ok(HostImages { kernel: paths.share().join("kernels/6.12/Image"), initrd })
+}
+
+fn kernel_file(root: &Path) -> Result<PathBuf> {
+    let files = fs::read_dir(root.join("boot")).context("a kernel package has a folder boot")?;
+    let mut files = files.flatten().map(|entry| entry.path());
+    let is_kernel =
+        |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("vmlinuz"));
+    files.find(is_kernel).with_context(|| format!("{} has no boot/vmlinuz…", root.display()))
+}
+
+/// Debian's arm64 kernels are flat images; if one comes compressed, it is unpacked.
+fn flat_image(from: &Path, to: &Path) -> Result<()> {
+    let mut bytes = fs::read(from)?;
+    if bytes.starts_with(&[0x1F, 0x8B]) {
+        let output = Command::new("gzip").arg("-dc").arg(from).output().context("cannot start gzip")?;
+        bytes = output.stdout;
+    }
+    // Linux, Documentation/arch/arm64/booting.rst: the magic number at offset 56.
+    if bytes.get(56..60) != Some(b"ARM\x64") {
+        bail!("{} is no arm64 kernel image", from.display());
+    }
+    stamp::write_whole(to, &bytes)
+}
+
+fn initramfs(to: &Path, agent: &Path, busybox: &Path, modules: &mut Modules, wanted: &[&str]) -> Result<()> {
+    let (list, files) = modules.pack(wanted)?;
+    let mut archive = Archive::default();
+    for folder in ["bin", "dev", "etc", "lib", "lib/modules", "proc", "run", "sys", "tmp"] {
+        archive.add(folder, ModeFileType::Directory, 0o755, &[])?;
+    }
+    archive.add("init", ModeFileType::Regular, 0o755, &fs::read(agent)?)?;
+    archive.add("bin/busybox", ModeFileType::Regular, 0o755, &fs::read(busybox)?)?;
+    archive.add("bin/udhcpc-hook", ModeFileType::Symlink, 0o777, b"/init")?;
+    for applet in APPLETS {
+        archive.add(&format!("bin/{applet}"), ModeFileType::Symlink, 0o777, b"busybox")?;
+    }
+    archive.add("etc/modules.load", ModeFileType::Regular, 0o644, list.as_bytes())?;
+    for Module { path, bytes } in files {
+        archive.add(path.trim_start_matches('/'), ModeFileType::Regular, 0o644, &bytes)?;
+    }
+    stamp::write_whole(to, &archive.finish()?)
+}
+
+/// A cpio archive in the kernel's format (Linux, Documentation/driver-api/early-userspace/buffer-format.rst).
+#[derive(Default)]
+struct Archive {
+    bytes: Vec<u8>,
+    entries: u32,
+}
+
+impl Archive {
+    fn add(&mut self, name: &str, kind: ModeFileType, mode: u32, content: &[u8]) -> Result<()> {
+        self.entries += 1;
+        let builder = newc::Builder::new(name).ino(self.entries).nlink(1).mode(mode).set_mode_file_type(kind);
+        let mut writer = builder.write(&mut self.bytes, u32::try_from(content.len())?);
+        writer.write_all(content)?;
+        writer.finish()?;
+        Ok(())
+    }
+
+    fn finish(mut self) -> Result<Vec<u8>> {
+        newc::trailer(&mut self.bytes)?;
+        Ok(self.bytes)
+    }
+}

@@ -1,0 +1,239 @@
+//! `cargo xtask lab`: an emulated arm64 host, Outboard in it, a guest in that.
+
+mod images;
+mod modules;
+mod packages;
+mod peer;
+mod report;
+mod session;
+mod shell;
+
+pub use report::{CaseResult, Progress, Report};
+pub use session::Session;
+
+use crate::arm64::Toolchain;
+use crate::debian::setup;
+use crate::paths::Paths;
+use anyhow::{Context, Result, anyhow, bail};
+use clap::Args;
+use lab_cases::Group;
+use lab_cases::protocol::{Command, Event, Outcome, Vmm};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+/// The release whose suites the lab uses on every machine: kernels 6.1 and 6.12 both live there.
+pub const RELEASE: &str = "bookworm";
+/// How much longer than a case's own limit the answer may take.
+const GRACE: Duration = Duration::from_secs(60);
+
+/// Options of `cargo xtask lab`.
+#[derive(Args, Default)]
+pub struct Options {
+    /// Stay in the guest: a shell on its console (Ctrl-A x leaves)
+    #[arg(long)]
+    shell: bool,
+    /// Run this case instead of the demonstration (may be given several times)
+    #[arg(long = "case", value_name = "NAME")]
+    names: Vec<String>,
+    /// Run all cases
+    #[arg(long)]
+    cases: bool,
+    /// List the cases
+    #[arg(long)]
+    list: bool,
+    /// Write the report as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Let the distribution's QEMU run the guests instead of Outboard, to compare
+    #[arg(long)]
+    peer: bool,
+}
+
+/// Runs it. Whether everything succeeded.
+pub fn run(paths: &Paths, options: &Options) -> Result<bool> {
+    if options.list {
+        for case in lab_cases::all() {
+            let tool = if case.group == Group::Tool { " (only by name)" } else { "" };
+            println!("{:<18} {}{tool}", case.name, case.about);
+        }
+        return Ok(true);
+    }
+    let names = chosen(options)?;
+    let start = Instant::now();
+    let vmm = if options.peer { Vmm::Qemu } else { Vmm::Outboard };
+    let mut progress = Progress::new();
+    let mut report = Report::default();
+    let result = prepare_and_run(paths, &names, vmm, &mut progress, &mut report);
+    let failed_in = progress.current().map(str::to_owned);
+    progress.clear();
+    report.phases = progress.take();
+    let counts = report.counts();
+    report.ok = result.is_ok() && counts.failed == 0;
+    let result = result.with_context(|| format!("failed in phase '{}'", failed_in.unwrap_or_default()));
+    report.error = result.as_ref().err().map(|error| format!("{error:#}"));
+    if let Some(file) = &options.json {
+        report.write(file)?;
+    }
+    result.with_context(|| format!("the logs are kept in {}", paths.logs().display()))?;
+    print_summary(&report, start.elapsed());
+    if !report.ok {
+        println!("The logs are kept in {}", paths.logs().display());
+    }
+    Ok(report.ok)
+}
+
+/// Names of the cases to run.
+fn chosen(options: &Options) -> Result<Vec<String>> {
+    for name in &options.names {
+        if lab_cases::find(name).is_none() {
+            bail!("there is no case '{name}'; `cargo xtask lab --list` lists them");
+        }
+    }
+    if options.shell {
+        return Ok(vec!["shell".into()]);
+    }
+    if options.cases {
+        return Ok(test_cases());
+    }
+    if options.names.is_empty() { Ok(vec!["demo".into()]) } else { Ok(options.names.clone()) }
+}
+
+/// Names of the cases that `--cases` runs.
+pub fn test_cases() -> Vec<String> {
+    lab_cases::all()
+        .iter()
+        .filter(|case| case.group == Group::Test)
+        .map(|case| case.name.to_owned())
+        .collect()
+}
+
+fn prepare_and_run(
+    paths: &Paths,
+    names: &[String],
+    vmm: Vmm,
+    progress: &mut Progress,
+    report: &mut Report,
+) -> Result<()> {
+    let mut session = start(paths, vmm, progress)?;
+    for name in names {
+        run_case(&mut session, name, vmm, progress, report)?;
+    }
+    progress.begin("switch the host off");
+    session.power_off()?;
+    progress.end();
+    Ok(())
+}
+
+/// Prepares everything and starts the emulated host.
+pub fn start(paths: &Paths, vmm: Vmm, progress: &mut Progress) -> Result<Session> {
+    progress.begin("prepare the machine");
+    setup::ensure(paths, &setup::LAB, false)?;
+    progress.begin("prepare Debian packages");
+    let packages = packages::Packages::prepare(paths)?;
+    progress.begin("build for arm64");
+    let toolchain = Toolchain::prepare(paths)?;
+    let mut wanted = vec!["lab-agent"];
+    wanted.extend(["outboard", "outboard-hypervisor"].iter().filter(|name| has_program(paths, name)));
+    let programs = toolchain.build(paths, &wanted)?;
+    progress.begin("prepare images");
+    empty_logs(paths)?;
+    let images = images::prepare(paths, &packages, &programs, vmm == Vmm::Qemu || has_peer_cases())?;
+    progress.begin("start the emulated host");
+    let session = Session::start(paths, &images)?;
+    progress.end();
+    Ok(session)
+}
+
+/// Runs one case and adds what it reports.
+pub fn run_case(
+    session: &mut Session,
+    name: &str,
+    vmm: Vmm,
+    progress: &mut Progress,
+    report: &mut Report,
+) -> Result<()> {
+    let case = lab_cases::find(name).context("the case is in the table")?;
+    session.send(&Command::Run { case: name.into(), vmm, limit_s: case.limit_s })?;
+    if name == "shell" {
+        return match shell::run(session)? {
+            Outcome::Failed(reason) => Err(anyhow!("{reason}")),
+            Outcome::Passed | Outcome::Skipped(_) => Ok(()),
+        };
+    }
+    let demo = name == "demo";
+    progress.begin(name);
+    loop {
+        match session.next(Duration::from_secs(case.limit_s) + GRACE)? {
+            Event::Phase { name: phase, ms } => {
+                progress.done(&phase, ms);
+            }
+            Event::Fact(key, value) if key == "guest" => report.guest = value,
+            Event::Fact(key, value) => {
+                report.facts.insert(key, value);
+            }
+            Event::Console(_) | Event::Ready { .. } | Event::Sample { .. } => {}
+            Event::Log(text) => progress.say(&format!("    {text}")),
+            Event::Part { name: part, outcome } => {
+                let name = format!("{name}/{part}");
+                progress.say(&result_line(&name, &outcome));
+                report.cases.push(CaseResult { name, outcome, ms: None });
+            }
+            Event::Done { outcome, ms, .. } => {
+                progress.end();
+                if let (true, Outcome::Failed(reason)) = (demo, &outcome) {
+                    bail!("{reason}\n{}", session.console_tail());
+                }
+                progress.say(&result_line(name, &outcome));
+                report.cases.push(CaseResult { name: name.into(), outcome, ms: Some(ms) });
+                return Ok(());
+            }
+        }
+    }
+}
+
+fn result_line(name: &str, outcome: &Outcome) -> String {
+    match outcome {
+        Outcome::Passed => format!("  passed   {name}"),
+        Outcome::Skipped(reason) => format!("  skipped  {name}: {reason}"),
+        Outcome::Failed(reason) => format!("  FAILED   {name}: {reason}"),
+    }
+}
+
+fn print_summary(report: &Report, took: Duration) {
+    for (key, value) in &report.facts {
+        println!("  {key}: {}", value.as_str().map_or_else(|| value.to_string(), str::to_owned));
+    }
+    if !report.guest.is_null() {
+        println!("  guest: {}", report.guest);
+    }
+    let counts = report.counts();
+    println!(
+        "{} in {:.1} s: {} passed, {} failed, {} skipped",
+        if report.ok { "The lab succeeded" } else { "The lab FAILED" },
+        took.as_secs_f64(),
+        counts.passed,
+        counts.failed,
+        counts.skipped
+    );
+}
+
+/// Whether the workspace has the package: crates come one after the other.
+fn has_program(paths: &Paths, package: &str) -> bool {
+    let folder = package.strip_prefix("outboard-").unwrap_or(package);
+    paths.root.join("crates").join(folder).join("Cargo.toml").is_file()
+}
+
+/// Some cases need the distribution's `qemu-img`.
+fn has_peer_cases() -> bool {
+    lab_cases::all().iter().any(|case| case.name.starts_with("disk-"))
+}
+
+fn empty_logs(paths: &Paths) -> Result<()> {
+    for entry in std::fs::read_dir(paths.logs())? {
+        let path = entry?.path();
+        if path.file_name().is_some_and(|name| name != "build.log") {
+            std::fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,158 @@
+//! What a run of the lab reports: to people while it runs, to machines at its end.
+
+use anyhow::{Context, Result};
+use indicatif::{ProgressBar, ProgressStyle};
+use lab_cases::protocol::Outcome;
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::io::IsTerminal;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// The report for machines: `docs/lab.md` explains its keys.
+#[derive(Debug, Default, Serialize)]
+pub struct Report {
+    /// Whether everything that was asked for succeeded.
+    pub ok: bool,
+    /// What was done, in order.
+    pub phases: Vec<Phase>,
+    /// The guest of the demonstration, if one ran.
+    pub guest: serde_json::Value,
+    /// The PCI device passed through; null while Outboard passes none.
+    pub device: serde_json::Value,
+    /// What the demonstration found.
+    pub facts: BTreeMap<String, serde_json::Value>,
+    /// Cases that ran.
+    pub cases: Vec<CaseResult>,
+    /// What failed, if not a case.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+/// A phase and its duration.
+#[derive(Debug, Serialize)]
+pub struct Phase {
+    /// What was done.
+    pub name: String,
+    /// Milliseconds.
+    pub ms: u64,
+}
+
+/// How a case, or a part of one, ended.
+#[derive(Debug, Serialize)]
+pub struct CaseResult {
+    /// `CASE` or `CASE/PART`.
+    pub name: String,
+    /// `passed`, `failed` or `skipped`, with the reason.
+    #[serde(flatten)]
+    pub outcome: Outcome,
+    /// Milliseconds; parts have none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ms: Option<u64>,
+}
+
+/// Passed, failed, skipped.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Number that passed.
+    pub passed: u32,
+    /// Number that failed.
+    pub failed: u32,
+    /// Number that were skipped.
+    pub skipped: u32,
+}
+
+impl Counts {
+    /// Counts one more.
+    pub fn add(&mut self, outcome: &Outcome) {
+        match outcome {
+            Outcome::Passed => self.passed += 1,
+            Outcome::Failed(_) => self.failed += 1,
+            Outcome::Skipped(_) => self.skipped += 1,
+        }
+    }
+}
+
+impl Report {
+    /// Counts of the cases and parts.
+    pub fn counts(&self) -> Counts {
+        let mut counts = Counts::default();
+        self.cases.iter().for_each(|case| counts.add(&case.outcome));
+        counts
+    }
+
+    /// Writes it as JSON.
+    pub fn write(&self, path: &Path) -> Result<()> {
+        let text = serde_json::to_string_pretty(self)?;
+        std::fs::write(path, text + "\n").with_context(|| format!("cannot write {}", path.display()))
+    }
+}
+
+/// Streams phases: a spinner on a terminal, a line when each is over.
+pub struct Progress {
+    spinner: Option<ProgressBar>,
+    current: Option<(String, Instant)>,
+    phases: Vec<Phase>,
+}
+
+impl Progress {
+    /// Nothing yet.
+    pub fn new() -> Self {
+        Self { spinner: None, current: None, phases: Vec::new() }
+    }
+
+    /// A phase begins (and the one before is over).
+    pub fn begin(&mut self, name: &str) {
+        self.end();
+        self.current = Some((name.to_owned(), Instant::now()));
+        if std::io::stdout().is_terminal() {
+            let bar = ProgressBar::new_spinner();
+            bar.set_style(
+                ProgressStyle::with_template("  {spinner} {msg} {elapsed}").expect("a valid template"),
+            );
+            bar.set_message(name.to_owned());
+            bar.enable_steady_tick(Duration::from_millis(120));
+            self.spinner = Some(bar);
+        }
+    }
+
+    /// The running phase is over.
+    pub fn end(&mut self) {
+        if let Some((name, start)) = self.current.take() {
+            self.clear();
+            self.done(&name, u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX));
+        }
+    }
+
+    /// A phase that someone else has timed.
+    pub fn done(&mut self, name: &str, ms: u64) {
+        self.say(&format!("  {:<28} {:>8.1} s", name, Duration::from_millis(ms).as_secs_f64()));
+        self.phases.push(Phase { name: name.to_owned(), ms });
+    }
+
+    /// A line between the phases.
+    pub fn say(&self, text: &str) {
+        match &self.spinner {
+            Some(bar) => bar.suspend(|| println!("{text}")),
+            None => println!("{text}"),
+        }
+    }
+
+    /// Name of the running phase.
+    pub fn current(&self) -> Option<&str> {
+        self.current.as_ref().map(|(name, _)| name.as_str())
+    }
+
+    /// Removes the spinner, for a shell or an error.
+    pub fn clear(&mut self) {
+        if let Some(bar) = self.spinner.take() {
+            bar.finish_and_clear();
+        }
+    }
+
+    /// All phases that ended.
+    pub fn take(&mut self) -> Vec<Phase> {
+        self.end();
+        std::mem::take(&mut self.phases)
+    }
+}
