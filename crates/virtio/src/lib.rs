@@ -3,6 +3,7 @@
 //! "virtio 1.2" is OASIS Virtual I/O Device (VIRTIO) Version 1.2.
 
 mod device;
+pub mod net;
 mod queue;
 mod transport;
 mod worker;

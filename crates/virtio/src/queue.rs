@@ -3,8 +3,15 @@
 use crate::{ActiveQueue, GuestMemory, Stop, VirtioInterrupt};
 use outboard_bus::Event;
 use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{GuestMemory as _, Permissions, VolatileSlice};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemory as _, Permissions, VolatileSlice};
+
+/// The driver wants no interrupts (virtio 1.2, section 2.7.6); without `VIRTIO_F_EVENT_IDX` only.
+const VRING_AVAIL_F_NO_INTERRUPT: u16 = 1;
+
+/// Completions without an interrupt at most, so that a driver with a long queue is not idle until the end of it.
+const MAX_BATCH: u32 = 16;
 
 /// A piece of guest memory that lies wholly in RAM.
 pub type GuestSlice<'m> = VolatileSlice<'m, ()>;
@@ -147,15 +154,21 @@ pub struct WorkQueue<'m> {
     index: u16,
     doorbell: Arc<Event>,
     interrupt: Arc<dyn VirtioInterrupt>,
-    /// Something was completed since the driver was last told.
-    completed: bool,
+    /// The used index up to which the driver was told of completions, or did not want to be.
+    told: u16,
 }
 
 impl<'m> WorkQueue<'m> {
     /// Takes over `active`, whose rings and buffers are in `memory`.
     pub fn new(active: ActiveQueue, memory: &'m GuestMemory, interrupt: Arc<dyn VirtioInterrupt>) -> Self {
         let ActiveQueue { index, queue, doorbell } = active;
-        Self { queue, memory, index, doorbell, interrupt, completed: false }
+        let told = queue.next_used();
+        Self { queue, memory, index, doorbell, interrupt, told }
+    }
+
+    /// Number of descriptors, which is the most chains there can be.
+    pub fn size(&self) -> u16 {
+        self.queue.size()
     }
 
     /// The queue's doorbell.
@@ -211,19 +224,61 @@ impl<'m> WorkQueue<'m> {
     /// # Errors
     /// [`QueueError::Ring`].
     pub fn complete(&mut self, head: u16, written: u32) -> Result<(), QueueError> {
-        self.completed = true;
         Ok(self.queue.add_used(self.memory, head, written)?)
     }
 
-    /// Interrupts the driver if it wants to hear about what was completed since the last time.
+    /// Returns several chains (head, bytes written) so that the driver sees all of them or none yet, as buffers that
+    /// hold one network frame between them need.
+    ///
+    /// # Errors
+    /// [`QueueError::Ring`].
+    pub fn complete_together(&mut self, chains: &[(u16, u32)]) -> Result<(), QueueError> {
+        let Some(((head, written), others)) = chains.split_last() else { return Ok(()) };
+        let first = self.queue.next_used();
+        for (i, (head, written)) in (0u16..).zip(others) {
+            let slot = u64::from(first.wrapping_add(i) % self.queue.size());
+            // Flags and index, then eight bytes for each element (virtio 1.2, section 2.7.8).
+            let address = GuestAddress(self.queue.used_ring()).checked_add(4 + 8 * slot);
+            let address = address.ok_or(virtio_queue::Error::AddressOverflow)?;
+            let element = u64::from(*head) | u64::from(*written) << 32;
+            self.memory.write_obj(element.to_le(), address).map_err(virtio_queue::Error::GuestMemory)?;
+        }
+        self.queue.set_next_used(first.wrapping_add(others.len() as u16));
+        // Publishes the index, and with it the elements before.
+        self.complete(*head, *written)
+    }
+
+    /// Interrupts the driver if it wants to hear about what was completed since the last time (virtio 1.2, section
+    /// 2.7.7.2). Not `Queue::needs_notification`, which knows nothing of completions that became visible together.
     ///
     /// # Errors
     /// [`QueueError::Ring`].
     pub fn notify_driver(&mut self) -> Result<(), QueueError> {
-        if std::mem::take(&mut self.completed) && self.queue.needs_notification(self.memory)? {
+        let (old, new) = (self.told, self.queue.next_used());
+        if old == new {
+            return Ok(());
+        }
+        self.told = new;
+        // The used index must be visible before the driver's wish is read: it writes the wish and then reads the index.
+        fence(Ordering::SeqCst);
+        let wanted = if self.queue.event_idx_enabled() {
+            let event = self.avail_field(4 + 2 * u64::from(self.queue.size()))?;
+            new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+        } else {
+            self.avail_field(0)? & VRING_AVAIL_F_NO_INTERRUPT == 0
+        };
+        if wanted {
             self.interrupt.queue_used(self.index);
         }
         Ok(())
+    }
+
+    /// The 16-bit field at `offset` of the available ring.
+    fn avail_field(&self, offset: u64) -> Result<u16, QueueError> {
+        let address = GuestAddress(self.queue.avail_ring()).checked_add(offset);
+        let address = address.ok_or(virtio_queue::Error::AddressOverflow)?;
+        let field = self.memory.load(address, Ordering::Relaxed).map_err(virtio_queue::Error::GuestMemory)?;
+        Ok(u16::from_le(field))
     }
 
     /// Asks the driver to ring the doorbell for the next request; `true` if one came meanwhile without it.
@@ -275,9 +330,14 @@ impl<'m> WorkQueue<'m> {
     ) -> Result<(), QueueError> {
         loop {
             self.disable_doorbell()?;
+            let mut batch = 0;
             while !stop.requested() && self.pop(request)? {
                 let written = handle(request)?;
                 self.complete(request.head, written)?;
+                batch += 1;
+                if batch % MAX_BATCH == 0 {
+                    self.notify_driver()?;
+                }
             }
             self.notify_driver()?;
             if stop.requested() || !self.enable_doorbell()? {
