@@ -1,18 +1,21 @@
 //! Check and build: from a [`MachineSpec`] to a machine that is ready to run.
 
-use crate::console::{ConsoleHost, ConsolePump, PanicWatch};
+use crate::console::ConsolePump;
+use crate::devices::{Functions, Host, KernelDoorbells, open_disks};
 use crate::memory::{self, Ram};
 use crate::run::{EventSender, MachineEvent};
 use crate::vcpus::{Entry, Reporter, Vcpus};
 use crate::{Error, MachineSpec};
 use outboard_bus::{IrqLine, MmioBus, MsiMessage, MsiSink, warn_limited};
-use outboard_hypervisor::{Capabilities, GicConfig, Hypervisor, InterruptController, VmOptions, mpidr};
+use outboard_hypervisor::{Capabilities, GicConfig, Hypervisor, InterruptController, Vm, VmOptions, mpidr};
 use outboard_pci::{Ecam, RootComplex, Windows};
 use outboard_platform::boot::{self, Initrd, Kernel, Loaded};
 use outboard_platform::fdt::{self, Description};
 use outboard_platform::layout::{self, AddressSpace};
 use outboard_platform::{Pl011, Pl031, Pl061};
-use std::sync::{Arc, Mutex};
+use outboard_virtio::DoorbellBinder;
+use outboard_virtio::block::Disk;
+use std::sync::Arc;
 
 /// arm64 Linux takes at most 2,047 bytes (COMMAND_LINE_SIZE, arch/arm64/include/uapi/asm/setup.h).
 const MAX_COMMAND_LINE: usize = 2047;
@@ -20,10 +23,10 @@ const MAX_COMMAND_LINE: usize = 2047;
 /// What a machine is made from, checked: everything that can be wrong with a user's input is found here.
 #[derive(Debug)]
 pub struct Inputs {
-    space: AddressSpace,
-    kernel: Kernel,
-    initrd: Option<Initrd>,
-    console: crate::ConsoleTarget,
+    pub(crate) space: AddressSpace,
+    pub(crate) kernel: Kernel,
+    pub(crate) initrd: Option<Initrd>,
+    pub(crate) disks: Vec<Disk>,
 }
 
 impl Inputs {
@@ -49,18 +52,8 @@ impl Inputs {
         }
         let kernel = Kernel::open(&spec.kernel)?;
         let initrd = spec.initrd.as_deref().map(Initrd::open).transpose()?;
-        Ok(Self { space, kernel, initrd, console: spec.console.clone() })
+        Ok(Self { space, kernel, initrd, disks: open_disks(spec)? })
     }
-
-    /// Opens what the guest talks to; stays open while the guest reboots.
-    pub(crate) fn open_host(&self) -> Result<Host, Error> {
-        Ok(Host { console: Arc::new(Mutex::new(ConsoleHost::open(&self.console)?)) })
-    }
-}
-
-/// The host's side of the devices.
-pub(crate) struct Host {
-    console: Arc<Mutex<ConsoleHost>>,
 }
 
 /// A machine that can run. [`Machine::stop`] takes it apart in the order that the hypervisor and DMA demand.
@@ -68,9 +61,9 @@ pub(crate) struct Machine {
     vcpus: Vcpus,
     console: ConsolePump,
     root: Arc<RootComplex>,
+    functions: Functions,
     bus: Arc<MmioBus>,
     power_key: Arc<Pl061>,
-    panic_watch: Arc<PanicWatch>,
     ram: Ram,
 }
 
@@ -94,12 +87,16 @@ impl Machine {
         let bus = Arc::new(MmioBus::new());
         let (uart, power_key) = add_board(&bus, &gic)?;
         let root = add_pci(&bus, space)?;
+        let msi: Arc<dyn MsiSink> = Arc::new(GicMsi(gic));
+        let binder = hypervisor.capabilities()?.kernel_events.then(|| kernel_doorbells(&vm));
+        let functions =
+            Functions::plug(std::mem::take(&mut host.devices), &root, ram.memory(), &msi, binder.as_ref())?;
         let loaded = load_guest(spec, inputs, &ram)?;
-        let panic_watch = Arc::new(PanicWatch::default());
-        let console = ConsolePump::start(uart, host.console.clone(), panic_watch.clone(), events.clone())?;
+        let panic_watch = host.panic_watch.clone();
+        let console = ConsolePump::start(uart, host.console.clone(), panic_watch, events.clone())?;
         let entry = Entry { pc: loaded.entry, fdt: loaded.fdt };
         let vcpus = Vcpus::start(&vm, spec.cpus, entry, &bus, &reporter(events))?;
-        Ok(Self { vcpus, console, root, bus, power_key, panic_watch, ram })
+        Ok(Self { vcpus, console, root, functions, bus, power_key, ram })
     }
 
     /// Lets the guest run.
@@ -112,21 +109,35 @@ impl Machine {
         self.power_key.set_power_key(pressed);
     }
 
-    /// Stops and releases everything; whether the guest's kernel had panicked.
+    /// Stops and releases everything but the host's ends of the devices, which go back to `host`. Whether the guest's
+    /// kernel had panicked.
     ///
     /// First the vCPUs, so that nobody starts anything new; then the devices, which stop writing to guest memory; only then
     /// the memory is unmapped, and the VM goes with the last reference to it.
-    pub(crate) fn stop(self) -> bool {
-        let Self { vcpus, console, root, bus, power_key, panic_watch, ram } = self;
-        drop(vcpus);
+    pub(crate) fn stop(self, host: &mut Host) -> bool {
+        let Self { vcpus, console, root, functions, bus, power_key, ram } = self;
+        vcpus.pause();
         root.reset();
-        drop(root);
+        drop(vcpus);
+        let stats = bus.stats();
+        if stats.unmapped + stats.refused > 0 {
+            let (unmapped, refused) = (stats.unmapped, stats.refused);
+            tracing::info!(
+                "guest accesses that no device served: {unmapped} to unmapped addresses, {refused} refused"
+            );
+        }
+        drop((bus, root));
+        host.devices = functions.unplug();
         // Lets out what the guest printed last, the panic among it.
         drop(console);
-        drop((bus, power_key));
+        drop(power_key);
         drop(ram);
-        panic_watch.seen()
+        host.panic_watch.take()
     }
+}
+
+fn kernel_doorbells(vm: &Arc<dyn Vm>) -> Arc<dyn DoorbellBinder> {
+    Arc::new(KernelDoorbells(vm.clone()))
 }
 
 fn gic_config() -> GicConfig {

@@ -55,6 +55,12 @@ pub enum Error {
     /// Two devices at one place of our own layout.
     #[error("{0}; this is a bug in Outboard, please report it")]
     Bus(#[from] outboard_bus::MapError),
+    /// A disk image.
+    #[error(transparent)]
+    Disk(#[from] outboard_virtio::block::DiskError),
+    /// A network, such as a forwarded port in use.
+    #[error(transparent)]
+    Net(#[from] outboard_netstack::NetError),
     /// No PCI slot is left.
     #[error("{0}; the machine has 31 PCI slots, give fewer devices")]
     Slot(#[from] outboard_pci::AddError),

@@ -2,8 +2,10 @@
 
 mod build;
 mod console;
+mod devices;
 mod error;
 mod memory;
+mod plan;
 mod run;
 mod signals;
 mod spec;
@@ -13,8 +15,9 @@ mod vcpus;
 pub use build::Inputs;
 pub use console::ConsoleTarget;
 pub use error::Error;
+pub use plan::Plan;
 pub use run::{Outcome, run};
-pub use spec::MachineSpec;
+pub use spec::{DiskSpec, MachineSpec, VsockSpec};
 pub use terminal::restore_terminal;
 
 /// Exit status of a process whose machine was stopped hard.

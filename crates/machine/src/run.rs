@@ -1,6 +1,7 @@
 //! The life of a machine: boot, reboots, the ways it ends.
 
 use crate::build::{Inputs, Machine};
+use crate::devices::Host;
 use crate::signals::Signals;
 use crate::vcpus::VcpuEvent;
 use crate::{Error, MachineSpec};
@@ -59,17 +60,17 @@ enum End {
 /// # Errors
 /// [`Error`] when it cannot be built, or the hypervisor fails under it.
 pub fn run(spec: &MachineSpec, hypervisor: &dyn Hypervisor) -> Result<Outcome, Error> {
-    let inputs = Inputs::open(spec, &hypervisor.capabilities()?)?;
+    let mut inputs = Inputs::open(spec, &hypervisor.capabilities()?)?;
     let (sender, events) = channel();
     let sender = EventSender(sender);
     // Before the terminal is touched, so that no signal leaves it raw.
     let signals = Signals::install(sender.clone())?;
-    let mut host = inputs.open_host()?;
+    let mut host = Host::open(spec, std::mem::take(&mut inputs.disks))?;
     let mut power = PowerButton::default();
     loop {
         let machine = Machine::build(spec, &inputs, &mut host, hypervisor, &sender)?;
         let end = power.watch(&machine, &events);
-        let panicked = machine.stop();
+        let panicked = machine.stop(&mut host);
         match end {
             End::Reset | End::Outcome(Outcome::PowerOff) if panicked => return Ok(Outcome::GuestPanic),
             End::Reset if spec.no_reboot => return Ok(Outcome::PowerOff),

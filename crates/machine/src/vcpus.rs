@@ -36,6 +36,8 @@ struct State {
     wish: Wish,
     /// Threads that are out of the guest and will not enter it before the wish changes.
     parked: u32,
+    /// Threads that will never enter it again.
+    ended: u32,
 }
 
 /// What the threads and their owner share.
@@ -45,6 +47,12 @@ struct Shared {
 }
 
 impl Shared {
+    /// The thread is done with its vCPU.
+    fn end(&self) {
+        self.lock().ended += 1;
+        self.changed.notify_all();
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(|e| e.into_inner())
     }
@@ -90,7 +98,7 @@ impl Vcpus {
         bus: &Arc<MmioBus>,
         report: &Reporter,
     ) -> Result<Self, Error> {
-        let state = Mutex::new(State { wish: Wish::Pause, parked: 0 });
+        let state = Mutex::new(State { wish: Wish::Pause, parked: 0, ended: 0 });
         let shared = Arc::new(Shared { state, changed: Condvar::new() });
         let mut vcpus = Self { shared, kickers: Vec::new(), threads: Vec::new() };
         for index in 0..count {
@@ -101,6 +109,8 @@ impl Vcpus {
                     // The receiver waits right below; if it is gone, the wish is Stop already.
                     let _ = ready.send(Ok(vcpu.kicker()));
                     run(&mut *vcpu, &shared, &bus, &report);
+                    drop(vcpu);
+                    shared.end();
                 }
                 Err(error) => {
                     let _ = ready.send(Err(error));
@@ -123,11 +133,11 @@ impl Vcpus {
 
     /// Takes all vCPUs out of the guest; none enters it again before [`Vcpus::resume`].
     pub(crate) fn pause(&self) {
-        self.park(Wish::Pause, |state, count| state.parked == count);
+        self.settle(Wish::Pause, |state, count| state.parked + state.ended == count);
     }
 
     /// Changes the wish, then kicks until `done`.
-    fn park(&self, wish: Wish, done: impl Fn(&State, u32) -> bool) {
+    fn settle(&self, wish: Wish, done: impl Fn(&State, u32) -> bool) {
         let count = self.kickers.len() as u32;
         self.shared.lock().wish = wish;
         self.shared.changed.notify_all();
@@ -148,15 +158,8 @@ impl Vcpus {
 
 impl Drop for Vcpus {
     fn drop(&mut self) {
-        self.shared.lock().wish = Wish::Stop;
-        self.shared.changed.notify_all();
+        self.settle(Wish::Stop, |state, count| state.ended == count);
         for thread in self.threads.drain(..) {
-            while !thread.is_finished() {
-                for kicker in &self.kickers {
-                    kicker.kick();
-                }
-                std::thread::sleep(Duration::from_millis(1));
-            }
             if thread.join().is_err() {
                 tracing::error!("a vCPU thread panicked; this is a bug in Outboard, please report it");
             }

@@ -1,6 +1,9 @@
 use clap::Args;
-use outboard_hypervisor::{ThreadPriority, VcpuOptions};
-use outboard_machine::{ConsoleTarget, EXIT_KILLED, MachineSpec, Outcome};
+use outboard_hypervisor::{Capabilities, ThreadPriority, VcpuOptions};
+use outboard_machine::{
+    ConsoleTarget, DiskSpec, EXIT_KILLED, Error, Inputs, MachineSpec, Outcome, Plan, VsockSpec,
+};
+use outboard_netstack::NetOptions;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -35,6 +38,27 @@ pub struct RunArgs {
     #[arg(long, value_name = "WHERE")]
     console: Option<ConsoleTarget>,
 
+    /// Virtio console of the guest (hvc0): none, file:PATH or socket:PATH.
+    #[arg(long, value_name = "WHERE", default_value = "none")]
+    virtio_console: ConsoleTarget,
+
+    /// Disk image, raw or qcow2 by its name; may be given several times.
+    #[arg(long = "disk", value_name = "PATH[:ro][,format=raw|qcow2]")]
+    disks: Vec<DiskSpec>,
+
+    /// User-mode network, such as user,forward=127.0.0.1:2222:22; may be given several times.
+    ///
+    /// user[,forward=[tcp:|udp:][HOSTADDR:]HOSTPORT:GUESTPORT]…[,mac=MAC][,host-loopback=on|off][,dns=ADDRESS].
+    /// The guest gets 10.0.2.15 by DHCP; 10.0.2.2 leads to the host's own services. Forwards listen on 127.0.0.1
+    /// unless told otherwise.
+    #[arg(long = "net", value_name = "user,…")]
+    nets: Vec<NetOptions>,
+
+    /// Sockets between host and guest: the host connects to PATH and sends `CONNECT PORT`, the guest's connections to
+    /// port N of the host go to PATH_N.
+    #[arg(long, value_name = "[cid=N,]socket=PATH")]
+    vsock: Option<VsockSpec>,
+
     /// Do not use the terminal: without --console, the guest's console goes nowhere.
     #[arg(long)]
     headless: bool,
@@ -67,6 +91,10 @@ impl RunArgs {
             cpus: self.cpus,
             memory: self.memory,
             console: self.console.clone().unwrap_or(default_console),
+            virtio_console: self.virtio_console.clone(),
+            disks: self.disks.clone(),
+            nets: self.nets.clone(),
+            vsock: self.vsock.clone(),
             no_reboot: self.no_reboot,
             vcpu: VcpuOptions { tso: self.tso, priority },
         }
@@ -76,8 +104,7 @@ impl RunArgs {
 /// Runs the machine; the process's exit status.
 pub fn run(args: &RunArgs) -> ExitCode {
     let spec = args.spec();
-    let result =
-        outboard_hypervisor::native().map_err(Into::into).and_then(|h| outboard_machine::run(&spec, &*h));
+    let result = if args.dry_run { dry_run(&spec) } else { run_here(&spec) };
     match result {
         Ok(Outcome::PowerOff) => ExitCode::SUCCESS,
         Ok(Outcome::GuestPanic) => {
@@ -92,6 +119,30 @@ pub fn run(args: &RunArgs) -> ExitCode {
         }
     }
 }
+
+fn run_here(spec: &MachineSpec) -> Result<Outcome, Error> {
+    outboard_machine::run(spec, &*outboard_hypervisor::native()?)
+}
+
+/// Checks and prints. A host without a hypervisor checks against what the hosts that have one offer.
+fn dry_run(spec: &MachineSpec) -> Result<Outcome, Error> {
+    let capabilities = match outboard_hypervisor::native() {
+        Ok(hypervisor) => hypervisor.capabilities()?,
+        Err(_) => TYPICAL,
+    };
+    let inputs = Inputs::open(spec, &capabilities)?;
+    print!("{}", Plan::new(spec, &inputs));
+    Ok(Outcome::PowerOff)
+}
+
+/// An Apple M4's, and KVM's on most arm64 machines.
+const TYPICAL: Capabilities = Capabilities {
+    max_vcpus: 64,
+    max_ipa_bits: 40,
+    tso: false,
+    kernel_events: false,
+    enforces_device_no_execute: false,
+};
 
 /// Bytes from a number with an optional binary unit.
 fn parse_size(text: &str) -> Result<u64, String> {

@@ -20,8 +20,12 @@ pub(crate) struct PanicWatch {
 pub(crate) struct Line(Vec<u8>);
 
 impl PanicWatch {
-    /// Whether a panic's first line has been seen.
-    pub(crate) fn seen(&self) -> bool {
+    /// Whether a panic's first line has been seen since this was last asked.
+    pub(crate) fn take(&self) -> bool {
+        self.seen.swap(false, Ordering::AcqRel)
+    }
+
+    fn seen(&self) -> bool {
         self.seen.load(Ordering::Acquire)
     }
 
@@ -62,7 +66,7 @@ mod tests {
     fn watch(pieces: &[&str]) -> (bool, bool) {
         let (watch, mut line) = (PanicWatch::default(), Line::default());
         let ended = pieces.iter().any(|piece| watch.scan(&mut line, piece.as_bytes()));
-        (watch.seen(), ended)
+        (watch.take(), ended)
     }
 
     #[test]

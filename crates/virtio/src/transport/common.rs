@@ -166,6 +166,10 @@ impl Common {
         }
     }
 
+    pub fn into_device(self) -> Box<dyn VirtioDevice> {
+        self.device
+    }
+
     pub fn read(&self, offset: u64, width: Width) -> Result<u64, AccessError> {
         let (register, shift, mask) = locate(offset, width)?;
         Ok((self.register(register) & mask) >> shift)

@@ -103,6 +103,12 @@ impl VirtioPci {
         }))
     }
 
+    /// Takes the function apart, reset, to make another one of the device: after a reboot, for a new VM.
+    pub fn into_device(self) -> Box<dyn VirtioDevice> {
+        self.reset();
+        self.common.into_inner().unwrap_or_else(|e| e.into_inner()).into_device()
+    }
+
     fn common(&self) -> MutexGuard<'_, Common> {
         self.common.lock().unwrap_or_else(|e| e.into_inner())
     }
