@@ -2,7 +2,10 @@
 //!
 //! "virtio 1.2" is OASIS Virtual I/O Device (VIRTIO) Version 1.2.
 
+pub mod block;
+pub mod console;
 mod device;
+pub mod entropy;
 pub mod net;
 mod queue;
 mod transport;
