@@ -229,7 +229,7 @@ impl ConfigSpace {
 
     /// Which BARs answer now.
     pub fn decoded(&self) -> Decoded {
-        let mut decoded = [None; BAR_COUNT];
+        let mut decoded = Decoded::default();
         if self.command() & COMMAND_MEMORY == 0 {
             return decoded;
         }

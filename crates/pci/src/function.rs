@@ -13,8 +13,14 @@ pub struct BarRange {
     pub len: u64,
 }
 
-/// The memory BARs that a function decodes at the moment, by index; a 64-bit BAR stands at its lower index.
-pub type Decoded = [Option<BarRange>; BAR_COUNT];
+/// Index of the expansion ROM among what a function decodes, after its BARs.
+pub const ROM_BAR: usize = BAR_COUNT;
+/// BARs and the expansion ROM.
+pub const REGION_COUNT: usize = BAR_COUNT + 1;
+
+/// The memory BARs that a function decodes at the moment, by index; a 64-bit BAR stands at its lower index, the expansion ROM
+/// at [`ROM_BAR`].
+pub type Decoded = [Option<BarRange>; REGION_COUNT];
 
 /// One function on a PCI bus: emulated, passed through or simulated.
 ///

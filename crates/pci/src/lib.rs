@@ -14,7 +14,7 @@ mod root;
 
 pub use access::ConfigAccess;
 pub use config::{BarKind, ConfigSpace, Identity};
-pub use function::{BAR_COUNT, BarRange, Decoded, PciFunction};
-pub use msix::{Msix, MsixLayout};
+pub use function::{BAR_COUNT, BarRange, Decoded, PciFunction, REGION_COUNT, ROM_BAR};
+pub use msix::{Msix, MsixLayout, VectorRoutes};
 pub use port::RootPort;
 pub use root::{AddError, Ecam, RootComplex, Windows};

@@ -13,6 +13,19 @@ pub struct MsixLayout {
     pub pba: u32,
 }
 
+/// Carries vectors past this process: something signals the interrupt's source into the guest by itself while it may be sent, and keeps it
+/// while it may not. Called under the vector's lock, from any thread; never blocks for long and never calls back.
+pub trait VectorRoutes: Send + Sync {
+    /// From now on `vector`'s source sends `message`; what came since [`VectorRoutes::take`] is sent too.
+    fn connect(&self, vector: u16, message: MsiMessage);
+
+    /// When this returns, `vector`'s source sends nothing more by itself; what comes is kept.
+    fn disconnect(&self, vector: u16);
+
+    /// Takes back what came while `vector` was not connected: `true` if anything did.
+    fn take(&self, vector: u16) -> bool;
+}
+
 /// One vector: its table entry (PCIe 7.7.2.5 to 7.7.2.8) and its pending bit.
 #[derive(Clone, Copy, Debug)]
 struct Vector {
@@ -20,14 +33,17 @@ struct Vector {
     data: u32,
     masked: bool,
     pending: bool,
+    /// What its route sends now, if it is connected.
+    routed: Option<MsiMessage>,
 }
 
 /// Vectors are masked after reset (PCIe 7.7.2.8).
-const AFTER_RESET: Vector = Vector { address: 0, data: 0, masked: true, pending: false };
+const AFTER_RESET: Vector = Vector { address: 0, data: 0, masked: true, pending: false, routed: None };
 
 /// MSI-X of one function: table, pending bits, masking, delivery.
 ///
-/// Every trigger gives exactly one message, at once or when the last mask goes; triggers of a masked vector merge.
+/// Every trigger gives exactly one message, at once or when the last mask goes; triggers of a masked vector merge. With
+/// [`VectorRoutes`] a vector that may send is connected to its route, and one that may not is asked for what it kept.
 ///
 /// Lock order: one lock for each vector, and the sink (which never blocks) is called under it, so that a message cannot
 /// overtake the mask that the guest has seen take effect. `enabled` and `held` are stored before the vectors
@@ -37,6 +53,7 @@ pub struct Msix {
     enabled: AtomicBool,
     held: AtomicBool,
     sink: Arc<dyn MsiSink>,
+    routes: Option<Arc<dyn VectorRoutes>>,
 }
 
 impl std::fmt::Debug for Msix {
@@ -51,12 +68,21 @@ impl Msix {
     /// # Panics
     /// If `vectors` is out of range.
     pub fn new(vectors: u16, sink: Arc<dyn MsiSink>) -> Self {
+        Self::with_routes(vectors, sink, None)
+    }
+
+    /// As [`Msix::new`]; what `routes` carries does not pass through [`Msix::trigger`].
+    ///
+    /// # Panics
+    /// As [`Msix::new`].
+    pub fn with_routes(vectors: u16, sink: Arc<dyn MsiSink>, routes: Option<Arc<dyn VectorRoutes>>) -> Self {
         assert!((1..=2048).contains(&vectors), "{vectors} MSI-X vectors");
         Self {
             vectors: (0..vectors).map(|_| Mutex::new(AFTER_RESET)).collect(),
             enabled: AtomicBool::new(false),
             held: AtomicBool::new(false),
             sink,
+            routes,
         }
     }
 
@@ -79,11 +105,25 @@ impl Msix {
     /// MSI-X is off. From any thread.
     pub fn trigger(&self, vector: u16) {
         let Some(cell) = self.vectors.get(usize::from(vector)) else { return };
-        let mut vector = lock(cell);
+        let mut state = lock(cell);
         if self.enabled.load(Ordering::SeqCst) {
-            vector.pending = true;
-            self.deliver(&mut vector);
+            state.pending = true;
+            self.settle(vector, &mut state);
         }
+    }
+
+    /// Sets what vector `vector` sends and whether it is masked by itself: for MSI, whose registers are elsewhere.
+    /// Nothing happens if there is no such vector.
+    pub fn set_vector(&self, vector: u16, message: MsiMessage, masked: bool) {
+        let Some(cell) = self.vectors.get(usize::from(vector)) else { return };
+        let mut state = lock(cell);
+        (state.address, state.data, state.masked) = (message.address, message.data, masked);
+        self.settle(vector, &mut state);
+    }
+
+    /// Whether vector `vector` waits to be sent.
+    pub fn is_pending(&self, vector: u16) -> bool {
+        self.vectors.get(usize::from(vector)).is_some_and(|cell| self.collect(vector, &mut lock(cell)))
     }
 
     /// The guest changed MSI-X enable, or what holds all vectors back: the function mask or bus master off.
@@ -94,19 +134,43 @@ impl Msix {
         if (was_enabled, was_held) == (enabled, held) {
             return;
         }
-        for vector in &self.vectors {
+        for (index, vector) in (0..).zip(&self.vectors) {
             let mut vector = lock(vector);
-            vector.pending &= enabled;
-            self.deliver(&mut vector);
+            self.settle(index, &mut vector);
+            if !enabled {
+                self.collect(index, &mut vector);
+                vector.pending = false;
+            }
         }
     }
 
-    fn deliver(&self, vector: &mut Vector) {
-        let open = self.enabled.load(Ordering::SeqCst) && !self.held.load(Ordering::SeqCst);
-        if vector.pending && !vector.masked && open {
-            vector.pending = false;
-            self.sink.send(MsiMessage { address: vector.address, data: vector.data });
+    /// Makes route and pending bit follow what the vector may do now.
+    fn settle(&self, index: u16, vector: &mut Vector) {
+        let open = self.enabled.load(Ordering::SeqCst) && !self.held.load(Ordering::SeqCst) && !vector.masked;
+        let target = open.then_some(MsiMessage { address: vector.address, data: vector.data });
+        if let Some(routes) = self.routes.as_ref().filter(|_| vector.routed != target) {
+            if vector.routed.take().is_some() {
+                routes.disconnect(index);
+            }
+            if let Some(message) = target {
+                // What was kept goes out once below; what comes from here on is the route's.
+                vector.pending |= routes.take(index);
+                routes.connect(index, message);
+            }
+            vector.routed = target;
         }
+        if let Some(message) = target.filter(|_| vector.pending) {
+            vector.pending = false;
+            self.sink.send(message);
+        }
+    }
+
+    /// Whether the vector is pending, with what its route kept.
+    fn collect(&self, index: u16, vector: &mut Vector) -> bool {
+        if let Some(routes) = self.routes.as_ref().filter(|_| vector.routed.is_none()) {
+            vector.pending |= routes.take(index);
+        }
+        vector.pending
     }
 
     /// A guest load from the table; 4 or 8 bytes, aligned (PCIe 7.7.2: other accesses are undefined).
@@ -114,7 +178,7 @@ impl Msix {
     /// # Errors
     /// [`AccessError::BadWidth`], [`AccessError::NoRegister`] beyond the last vector.
     pub fn table_read(&self, offset: u64, width: Width) -> Result<u64, AccessError> {
-        let vector = *lock(self.entry(offset, width)?);
+        let vector = *lock(self.entry(offset, width)?.1);
         let control = u64::from(vector.masked) << 32;
         Ok(match (offset % 16, width) {
             (0, Width::B8) => vector.address,
@@ -131,7 +195,8 @@ impl Msix {
     /// # Errors
     /// As [`Msix::table_read`].
     pub fn table_write(&self, offset: u64, width: Width, value: u64) -> Result<(), AccessError> {
-        let mut vector = lock(self.entry(offset, width)?);
+        let (index, cell) = self.entry(offset, width)?;
+        let mut vector = lock(cell);
         let low = value & 0xffff_ffff;
         match (offset % 16, width) {
             (0, Width::B8) => vector.address = value,
@@ -146,16 +211,16 @@ impl Msix {
         }
         // Address bits 1:0 are always zero (PCIe 7.7.2.5).
         vector.address &= !3;
-        self.deliver(&mut vector);
+        self.settle(index, &mut vector);
         Ok(())
     }
 
-    fn entry(&self, offset: u64, width: Width) -> Result<&Mutex<Vector>, AccessError> {
+    fn entry(&self, offset: u64, width: Width) -> Result<(u16, &Mutex<Vector>), AccessError> {
         if !matches!(width, Width::B4 | Width::B8) || !offset.is_multiple_of(width.bytes()) {
             return Err(AccessError::BadWidth);
         }
-        let index = usize::try_from(offset / 16).map_err(|_| AccessError::NoRegister)?;
-        self.vectors.get(index).ok_or(AccessError::NoRegister)
+        let index = u16::try_from(offset / 16).map_err(|_| AccessError::NoRegister)?;
+        self.vectors.get(usize::from(index)).map(|cell| (index, cell)).ok_or(AccessError::NoRegister)
     }
 
     /// A guest load from the pending bit array. Stores to it do nothing (PCIe 7.7.2.9).
@@ -169,17 +234,20 @@ impl Msix {
         if offset >= self.pba_len() {
             return Err(AccessError::NoRegister);
         }
-        let first = 8 * offset as usize;
-        let vectors = self.vectors.iter().skip(first).take(8 * width.bytes() as usize);
-        Ok(vectors.enumerate().fold(0, |bits, (i, vector)| bits | u64::from(lock(vector).pending) << i))
+        let first = 8 * offset as u16;
+        Ok((0..8 * width.bytes() as u16).fold(0, |bits, i| bits | u64::from(self.is_pending(first + i)) << i))
     }
 
     /// Off, every vector masked and nothing pending.
     pub fn reset(&self) {
         self.enabled.store(false, Ordering::SeqCst);
         self.held.store(false, Ordering::SeqCst);
-        for vector in &self.vectors {
-            *lock(vector) = AFTER_RESET;
+        for (index, vector) in (0..).zip(&self.vectors) {
+            let mut vector = lock(vector);
+            vector.masked = true;
+            self.settle(index, &mut vector);
+            self.collect(index, &mut vector);
+            *vector = AFTER_RESET;
         }
     }
 }

@@ -1,4 +1,4 @@
-use crate::{BAR_COUNT, BarRange, ConfigAccess, ConfigSpace, Decoded, Identity, PciFunction, RootPort};
+use crate::{BarRange, ConfigAccess, ConfigSpace, Decoded, Identity, PciFunction, RootPort};
 use outboard_bus::{AccessError, MmioBus, MmioDevice, Width, warn_limited};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
@@ -62,9 +62,9 @@ struct Node {
     function: Arc<dyn PciFunction>,
     /// The same object if it is a root port.
     port: Option<Arc<RootPort>>,
-    mapped: [Option<BarRange>; BAR_COUNT],
+    mapped: Decoded,
     /// What could not be mapped for want of room, so that it is logged once.
-    refused: [Option<BarRange>; BAR_COUNT],
+    refused: Decoded,
 }
 
 /// The root complex: bus 0 with a host bridge at 00.0, and one bus behind each root port.

@@ -164,3 +164,69 @@ proptest! {
         }
     }
 }
+
+/// A route that behaves as an eventfd bound to the hypervisor: signals while connected are sent, others are kept.
+#[derive(Default)]
+struct Wire {
+    state: Mutex<(Option<MsiMessage>, bool)>,
+    sent: Mutex<Vec<MsiMessage>>,
+}
+
+impl Wire {
+    fn signal(&self) {
+        let mut state = self.state.lock().unwrap();
+        match state.0 {
+            Some(message) => self.sent.lock().unwrap().push(message),
+            None => state.1 = true,
+        }
+    }
+}
+
+impl VectorRoutes for Wire {
+    fn connect(&self, vector: u16, message: MsiMessage) {
+        assert_eq!(vector, 1);
+        let mut state = self.state.lock().unwrap();
+        assert_eq!(state.0.replace(message), None, "connected once at a time");
+        assert!(!std::mem::take(&mut state.1), "taken before");
+    }
+    fn disconnect(&self, _: u16) {
+        assert!(self.state.lock().unwrap().0.take().is_some());
+    }
+    fn take(&self, vector: u16) -> bool {
+        vector == 1 && std::mem::take(&mut self.state.lock().unwrap().1)
+    }
+}
+
+#[test]
+fn routed_vectors_are_connected_only_while_they_may_send_and_pend_otherwise() {
+    let (sent, wire) = (Arc::new(Sent::default()), Arc::new(Wire::default()));
+    let msix = Msix::with_routes(4, sent.clone(), Some(wire.clone()));
+    program(&msix, 1, MESSAGE);
+    mask(&msix, 1, false);
+    wire.signal();
+    msix.set_control(true, true);
+    assert_eq!(
+        msix.pba_read(0, Width::B4),
+        Ok(2),
+        "what came before the function mask went is seen in the PBA"
+    );
+    msix.set_control(true, false);
+    assert_eq!((sent.take(), msix.is_pending(1)), (vec![MESSAGE], false));
+    wire.signal();
+    assert_eq!(*wire.sent.lock().unwrap(), [MESSAGE]);
+    mask(&msix, 1, true);
+    wire.signal();
+    wire.signal();
+    assert!(msix.is_pending(1));
+    mask(&msix, 1, false);
+    assert_eq!(sent.take(), [MESSAGE], "merged into one");
+    mask(&msix, 1, true);
+    wire.signal();
+    msix.set_control(false, false);
+    msix.set_control(true, false);
+    mask(&msix, 1, false);
+    assert_eq!(sent.take(), [], "disabling forgets");
+    msix.reset();
+    wire.signal();
+    assert_eq!(wire.sent.lock().unwrap().len(), 1, "reset disconnects");
+}

@@ -1,5 +1,5 @@
 use super::*;
-use crate::{BarKind, Msix, MsixLayout};
+use crate::{BarKind, Msix, MsixLayout, REGION_COUNT};
 use outboard_bus::{MsiMessage, MsiSink};
 use proptest::prelude::*;
 
@@ -249,6 +249,41 @@ fn ports_route_by_bus_number_and_window() {
     assert_eq!(slot_status(&config), 0x40, "reset does not pull the device");
 }
 
+/// What pciutils makes of a root port with something in its slot.
+#[test]
+fn lspci_reads_a_root_port() {
+    let m = Machine::new();
+    m.root.add_port(3, Arc::new(RootPort::new(5))).unwrap();
+    m.root.add_behind(3, 0, Endpoint::new(1)).unwrap();
+    m.at(0, 3, 0).write(0x18, 0x0001_0100);
+    m.at(0, 3, 0).write(0x20, 0x1010_1000);
+    let mut dump = String::from("00:03.0 port\n");
+    for line in (0..0x100).step_by(16) {
+        let bytes: Vec<String> = (line..line + 16)
+            .map(|at| format!("{:02x}", m.bus.read(ECAM + (3 << 15) + at, Width::B1)))
+            .collect();
+        dump += &format!("{line:02x}: {}\n", bytes.join(" "));
+    }
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), dump).unwrap();
+    let lspci = std::process::Command::new("lspci").args(["-vvn", "-F"]).arg(file.path()).output();
+    let Ok(output) = lspci else { return eprintln!("skipped: lspci (pciutils) is not installed") };
+    let text = String::from_utf8_lossy(&output.stdout);
+    for expected in [
+        "0604: 1b36:000c",
+        "Bus: primary=00, secondary=01, subordinate=01",
+        "Memory behind bridge: 10000000-101fffff",
+        "Express (v2) Root Port (Slot+)",
+        "Port #5, Speed 8GT/s, Width x4",
+        "LnkSta:\tSpeed 8GT/s",
+        "DLActive+",
+        "Slot #5",
+        "PresDet+",
+    ] {
+        assert!(text.contains(expected), "no '{expected}' in\n{text}");
+    }
+}
+
 /// Every byte of every function read, then all ones and zeros written at every offset and width, BARs and all.
 #[test]
 fn abuse_of_every_function() {
@@ -303,7 +338,7 @@ proptest! {
         for endpoint in &endpoints {
             let node = topology.iter().find(|n| n.function.name() == "endpoint"
                 && std::ptr::addr_eq(Arc::as_ptr(&n.function), Arc::as_ptr(endpoint))).unwrap();
-            let mut told = [None; BAR_COUNT];
+            let mut told = [None; REGION_COUNT];
             for (bar, to) in endpoint.moves() { told[bar] = to; }
             prop_assert_eq!(told, node.mapped.map(|m| m.map(|r| r.address)));
         }
