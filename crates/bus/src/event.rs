@@ -86,10 +86,13 @@ impl Event {
     /// # Errors
     /// That of poll(2), which does not fail for an open descriptor.
     pub fn wait(&self) -> io::Result<()> {
-        while !self.take() {
-            poll_readable(&[self.as_fd()], None)?;
+        loop {
+            // Poll first: who waits has usually nothing to take yet, and a read that finds nothing is a call for nothing.
+            poll(&mut [pollfd(self.as_fd(), libc::POLLIN)], None)?;
+            if self.take() {
+                return Ok(());
+            }
         }
-        Ok(())
     }
 
     #[cfg(target_os = "linux")]

@@ -1,6 +1,5 @@
-use outboard_bus::{Event, poll_readable};
+use outboard_bus::Event;
 use std::io;
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -17,16 +16,8 @@ impl Stop {
 
     /// Waits for `wake` and takes its signals back; `false` when the thread shall end.
     pub fn wait(&self, wake: &Event) -> bool {
-        while !self.requested() {
-            if wake.take() {
-                return !self.requested();
-            }
-            // The descriptor is open, so poll(2) cannot fail; if it did, there would be nothing left to wait for.
-            if poll_readable(&[wake.as_fd()], None).is_err() {
-                return false;
-            }
-        }
-        false
+        // The descriptor is open, so poll(2) cannot fail; if it did, there would be nothing left to wait for.
+        !self.requested() && wake.wait().is_ok() && !self.requested()
     }
 }
 

@@ -95,6 +95,36 @@ fn identity_and_capabilities() {
     assert_eq!(found, [(1, (0, 0x38)), (3, (0x1000, 1)), (4, (0x2000, 8)), (2, (0x3000, 8)), (5, (0, 0))]);
 }
 
+/// What pciutils makes of the function.
+#[test]
+fn lspci_reads_the_config_space() {
+    let driver = driver();
+    let mut dump = String::from("00:01.0 device\n");
+    for line in (0..0x100u16).step_by(16) {
+        let bytes: Vec<String> =
+            (line..line + 16).map(|at| format!("{:02x}", driver.config_read(at, Width::B1))).collect();
+        dump += &format!("{line:02x}: {}\n", bytes.join(" "));
+    }
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), dump).unwrap();
+    let lspci = std::process::Command::new("lspci").args(["-vvn", "-F"]).arg(file.path()).output();
+    let Ok(output) = lspci else { return eprintln!("skipped: lspci (pciutils) is not installed") };
+    let text = String::from_utf8_lossy(&output.stdout);
+    for expected in [
+        "00ff: 1af4:1044 (rev 01)",
+        "Subsystem: 1af4:0044",
+        "MSI-X: Enable+ Count=3 Masked-",
+        "Vector table: BAR=0 offset=00004000",
+        "PBA: BAR=0 offset=00006000",
+        "VirtIO: CommonCfg",
+        "VirtIO: Notify",
+        "VirtIO: ISR",
+        "VirtIO: DeviceCfg",
+    ] {
+        assert!(text.contains(expected), "no '{expected}' in\n{text}");
+    }
+}
+
 #[test]
 fn echoes_with_and_without_event_idx() {
     for mask in [u64::MAX, !feature::EVENT_IDX] {
