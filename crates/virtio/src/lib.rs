@@ -9,6 +9,7 @@ pub mod entropy;
 pub mod net;
 mod queue;
 mod transport;
+pub mod vsock;
 mod worker;
 
 #[cfg(test)]
