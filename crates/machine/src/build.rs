@@ -91,7 +91,9 @@ impl Machine {
         let binder = hypervisor.capabilities()?.kernel_events.then(|| kernel_doorbells(&vm));
         let functions =
             Functions::plug(std::mem::take(&mut host.devices), &root, ram.memory(), &msi, binder.as_ref())?;
+        tracing::debug!("devices are in place");
         let loaded = load_guest(spec, inputs, &ram)?;
+        tracing::debug!("guest is loaded, kernel at {:#x}", loaded.entry);
         let panic_watch = host.panic_watch.clone();
         let console = ConsolePump::start(uart, host.console.clone(), panic_watch, events.clone())?;
         let entry = Entry { pc: loaded.entry, fdt: loaded.fdt };

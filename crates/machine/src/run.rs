@@ -60,6 +60,7 @@ enum End {
 /// # Errors
 /// [`Error`] when it cannot be built, or the hypervisor fails under it.
 pub fn run(spec: &MachineSpec, hypervisor: &dyn Hypervisor) -> Result<Outcome, Error> {
+    tracing::debug!("checking inputs");
     let mut inputs = Inputs::open(spec, &hypervisor.capabilities()?)?;
     let (sender, events) = channel();
     let sender = EventSender(sender);
@@ -69,6 +70,7 @@ pub fn run(spec: &MachineSpec, hypervisor: &dyn Hypervisor) -> Result<Outcome, E
     let mut power = PowerButton::default();
     loop {
         let machine = Machine::build(spec, &inputs, &mut host, hypervisor, &sender)?;
+        tracing::debug!("machine is built");
         let end = power.watch(&machine, &events);
         let panicked = machine.stop(&mut host);
         match end {
