@@ -12,6 +12,7 @@
 //! A request that a back end does not know is refused with [`Error::Unsupported`], never ignored.
 
 pub mod backend;
+pub mod conformance;
 mod error;
 mod exit;
 #[cfg(all(target_os = "linux", target_arch = "aarch64"))]

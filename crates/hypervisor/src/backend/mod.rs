@@ -3,8 +3,10 @@
 
 mod gic;
 mod mappings;
+mod slots;
 mod v2m;
 
 pub use gic::{check_gic, check_msi, check_spi};
 pub use mappings::Mappings;
+pub use slots::Slots;
 pub use v2m::MsiFrame;

@@ -6,7 +6,7 @@ use super::eventfd::{self, Doorbell};
 use super::gic::{self, KvmGic};
 use super::vcpu::{self, KvmVcpu};
 use super::{NAME, failed, kick, unsupported};
-use crate::backend::{Mappings, MsiFrame, check_gic};
+use crate::backend::{Mappings, MsiFrame, Slots, check_gic};
 use crate::{Error, GicConfig, InterruptController, MemoryKind, Result, Vcpu, Vm, VmOptions};
 use kvm_bindings::{
     KVM_CAP_ARM_INJECT_EXT_DABT, KVM_CAP_ARM_NISV_TO_USER, kvm_enable_cap, kvm_userspace_memory_region,
@@ -52,28 +52,10 @@ pub struct VmShared {
     _only: OnlyVm,
 }
 
-/// KVM's memory slots.
+/// Guest memory, by KVM's slot numbers.
 struct Memory {
     mappings: Mappings<u32>,
-    /// Slot numbers that were given back.
-    free: Vec<u32>,
-    /// The first number that was never used.
-    next: u32,
-    /// How many KVM has.
-    limit: u32,
-}
-
-impl Memory {
-    fn take_slot(&mut self) -> Result<u32> {
-        if let Some(slot) = self.free.pop() {
-            return Ok(slot);
-        }
-        if self.next == self.limit {
-            return Err(unsupported(format!("more than {} mappings at a time", self.limit)));
-        }
-        self.next += 1;
-        Ok(self.next - 1)
-    }
+    slots: Slots,
 }
 
 /// The trait's view of a VM.
@@ -89,9 +71,7 @@ impl KvmVm {
         enable_undecoded_exits(&fd)?;
         let memory = Memory {
             mappings: Mappings::new(options.ipa_bits),
-            free: Vec::new(),
-            next: 0,
-            limit: u32::try_from(kvm.get_nr_memslots()).unwrap_or(u32::MAX),
+            slots: Slots::new(u32::try_from(kvm.get_nr_memslots()).unwrap_or(u32::MAX)),
         };
         Ok(Self(Arc::new(VmShared {
             fd,
@@ -154,9 +134,12 @@ impl Vm for KvmVm {
         let host = host.as_ptr() as u64;
         let mut memory = lock(&self.0.memory);
         memory.mappings.check(ipa, host, len)?;
-        let slot = memory.take_slot()?;
+        let slot = memory
+            .slots
+            .take()
+            .ok_or_else(|| unsupported("another mapping: all its slots are in use".into()))?;
         if let Err(error) = self.set_region(slot, ipa, host, len) {
-            memory.free.push(slot);
+            memory.slots.give_back(slot);
             return Err(error);
         }
         memory.mappings.insert(ipa, len, slot);
@@ -169,7 +152,7 @@ impl Vm for KvmVm {
         // Returns when the stage-2 entries and every CPU's TLB entries for them are gone.
         self.set_region(slot, ipa, 0, 0)?;
         memory.mappings.remove(ipa);
-        memory.free.push(slot);
+        memory.slots.give_back(slot);
         Ok(())
     }
 

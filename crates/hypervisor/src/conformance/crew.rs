@@ -1,0 +1,182 @@
+//! Several vCPUs, each on a thread of its own.
+
+use super::rig::{Bench, CODE, Context, Outcome, Stop, fail, hung_at};
+use crate::{Exit, Kick, Vcpu, Vm};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, Barrier, Mutex};
+use std::thread::{Scope, ScopedJoinHandle};
+use std::time::Duration;
+
+/// How often waiting threads look whether the watchdog has given up.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// What a crew's thread tells the case.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// An exit of a vCPU that the crew does not serve itself.
+    Exit(u32, Exit),
+    /// A vCPU was kicked.
+    Kicked(u32),
+    /// A vCPU cannot go on.
+    Broken(u32, String),
+}
+
+/// What MMIO reads of a crew's guest get.
+pub const ANSWER: u64 = 0xdead;
+
+struct Shared<'a> {
+    context: &'a Context,
+    vm: Arc<dyn Vm>,
+    stop: AtomicBool,
+    kickers: Mutex<Vec<(u32, Arc<dyn Kick>)>>,
+    /// Nobody runs before everybody is bound: on a Mac the set of vCPUs is fixed once one has run.
+    bound: Barrier,
+    /// Held by whoever pauses the crew: a kicked vCPU waits for it before it runs on.
+    gate: Mutex<()>,
+}
+
+/// The threads of a VM, which run until [`Crew::stop`] or drop.
+pub struct Crew<'scope, 'a> {
+    shared: Arc<Shared<'a>>,
+    threads: Vec<ScopedJoinHandle<'scope, ()>>,
+    events: Receiver<Event>,
+}
+
+impl<'scope, 'a: 'scope> Crew<'scope, 'a> {
+    /// Binds all `vcpus` of the bench's VM to new threads and lets them run, vCPU 0 from [`CODE`].
+    pub fn start(scope: &'scope Scope<'scope, '_>, bench: &Bench<'a>, vcpus: u32) -> Outcome<Self> {
+        let shared = Arc::new(Shared {
+            context: bench.context,
+            vm: Arc::clone(&bench.vm),
+            stop: AtomicBool::new(false),
+            kickers: Mutex::default(),
+            bound: Barrier::new(vcpus as usize + 1),
+            gate: Mutex::new(()),
+        });
+        let (sender, events) = mpsc::channel();
+        let threads = (0..vcpus)
+            .map(|index| {
+                let (shared, sender) = (Arc::clone(&shared), sender.clone());
+                scope.spawn(move || shared.thread(index, &sender))
+            })
+            .collect();
+        shared.bound.wait();
+        shared.kickers().sort_by_key(|(index, _)| *index);
+        Ok(Self { shared, threads, events })
+    }
+
+    /// The next event.
+    pub fn next(&self) -> Outcome<Event> {
+        loop {
+            match self.events.recv_timeout(LOOK) {
+                Ok(Event::Broken(index, why)) => return fail(format!("vCPU {index}: {why}")),
+                Ok(event) => return Ok(event),
+                Err(RecvTimeoutError::Disconnected) => return fail("all vCPU threads have ended"),
+                Err(RecvTimeoutError::Timeout) if self.shared.context.hung() => {
+                    return fail("hung: no vCPU made an exit");
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+        }
+    }
+
+    /// Whether nothing happens for `time`.
+    pub fn is_quiet(&self, time: Duration) -> bool {
+        self.events.recv_timeout(time).is_err()
+    }
+
+    /// The next store, by whichever vCPU: its index, address and value.
+    pub fn next_store(&self) -> Outcome<(u32, u64, u64)> {
+        match self.next()? {
+            Event::Exit(index, Exit::MmioWrite { ipa, value, .. }) => Ok((index, ipa, value)),
+            other => fail(format!("{other:x?}, expected a store")),
+        }
+    }
+
+    /// The handle of vCPU `index`.
+    pub fn kicker(&self, index: u32) -> Outcome<Arc<dyn Kick>> {
+        match self.shared.kickers().get(index as usize) {
+            Some((_, kicker)) => Ok(Arc::clone(kicker)),
+            None => fail(format!("vCPU {index} was not bound")),
+        }
+    }
+
+    /// Holds every vCPU at its next kick until the guard is dropped.
+    pub fn close_gate(&self) -> std::sync::MutexGuard<'_, ()> {
+        self.shared.gate.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Stops and joins the threads.
+    pub fn stop(mut self) -> Outcome {
+        self.join()
+    }
+}
+
+impl Crew<'_, '_> {
+    fn join(&mut self) -> Outcome {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        for (_, kicker) in self.shared.kickers().iter() {
+            kicker.kick();
+        }
+        let mut outcome = Ok(());
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                outcome = Err(Stop::Failed("a vCPU thread panicked".into()));
+            }
+        }
+        outcome
+    }
+}
+
+impl Drop for Crew<'_, '_> {
+    fn drop(&mut self) {
+        // A case that failed half-way: its own error counts.
+        let _ = self.join();
+    }
+}
+
+impl Shared<'_> {
+    fn kickers(&self) -> std::sync::MutexGuard<'_, Vec<(u32, Arc<dyn Kick>)>> {
+        self.kickers.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    fn thread(&self, index: u32, sender: &Sender<Event>) {
+        let bound = self.vm.bind_vcpu(index);
+        if let Ok(vcpu) = &bound {
+            self.kickers().push((index, vcpu.kicker()));
+            self.context.watch(vcpu.kicker());
+        }
+        self.bound.wait();
+        let result = bound.map_err(|e| e.to_string()).and_then(|vcpu| self.run(index, vcpu, sender));
+        if let Err(why) = result {
+            // The case may have ended already.
+            let _ = sender.send(Event::Broken(index, why));
+        }
+    }
+
+    fn run(&self, index: u32, mut vcpu: Box<dyn Vcpu>, sender: &Sender<Event>) -> Result<(), String> {
+        if index == 0 {
+            vcpu.set_boot_state(CODE, 0).map_err(|e| e.to_string())?;
+        }
+        loop {
+            let event = match vcpu.run().map_err(|e| e.to_string())? {
+                Exit::Kicked if self.context.hung() => return Err(hung_at(&*vcpu)),
+                Exit::Kicked if self.stop.load(Ordering::SeqCst) => return Ok(()),
+                Exit::Kicked => Event::Kicked(index),
+                Exit::MmioRead { .. } => {
+                    vcpu.complete_read(ANSWER);
+                    continue;
+                }
+                other => Event::Exit(index, other),
+            };
+            let kicked = matches!(event, Event::Kicked(_));
+            if sender.send(event).is_err() {
+                return Ok(());
+            }
+            if kicked {
+                drop(self.gate.lock());
+            }
+        }
+    }
+}
