@@ -92,11 +92,6 @@ impl<'m> Buffers<'m> {
         })
     }
 
-    /// Consumes `count` bytes without touching them; less only at the end.
-    pub fn skip(&mut self, count: usize) -> usize {
-        self.consume(count, |_, slice| slice.len())
-    }
-
     fn consume(&mut self, count: usize, mut each: impl FnMut(usize, GuestSlice<'m>) -> usize) -> usize {
         let mut done = 0;
         while done < count && self.first < self.slices.len() {
@@ -212,11 +207,6 @@ impl<'m> WorkQueue<'m> {
         }
         // The iterator stops silently at whatever it does not like: then its last descriptor promised another.
         if ended { Ok(true) } else { Err(QueueError::Malformed(head)) }
-    }
-
-    /// Puts the request that was last popped back: the next pop gives it again.
-    pub fn undo_pop(&mut self) {
-        self.queue.go_to_previous_position();
     }
 
     /// Returns chain `head` to the driver with `written` bytes of its writable buffers filled.
