@@ -5,7 +5,7 @@ use crate::devices::{Functions, Host, KernelDoorbells, open_disks};
 use crate::memory::{self, Ram};
 use crate::run::{EventSender, MachineEvent};
 use crate::vcpus::{Entry, Reporter, Vcpus};
-use crate::{Error, MachineSpec};
+use crate::{ConsoleTarget, Error, MachineSpec};
 use outboard_bus::{IrqLine, MmioBus, MsiMessage, MsiSink, warn_limited};
 use outboard_hypervisor::{Capabilities, GicConfig, Hypervisor, InterruptController, Vm, VmOptions, mpidr};
 use outboard_pci::{Ecam, RootComplex, Windows};
@@ -49,6 +49,9 @@ impl Inputs {
         }
         if spec.command_line.contains('\0') {
             return Err(Error::CommandLine("it holds a NUL byte".into()));
+        }
+        if spec.console == ConsoleTarget::Stdio && spec.virtio_console == ConsoleTarget::Stdio {
+            return Err(Error::TwoOnTerminal);
         }
         let kernel = Kernel::open(&spec.kernel)?;
         let initrd = spec.initrd.as_deref().map(Initrd::open).transpose()?;

@@ -1,12 +1,16 @@
 //! Which virtio devices a machine has, in which order, and the host's ends of them.
 
-use crate::console::{ConsoleHost, PanicWatch};
+use crate::console::{ConsoleHost, PanicWatch, VirtioEnd};
+use crate::run::EventSender;
 use crate::{Error, MachineSpec};
 use outboard_bus::{Event, MsiSink, warn_limited};
 use outboard_hypervisor::Vm;
 use outboard_pci::RootComplex;
 use outboard_virtio::block::{Block, Disk};
+use outboard_virtio::console::Console;
+use outboard_virtio::entropy::Entropy;
 use outboard_virtio::net::Net;
+use outboard_virtio::vsock::Vsock;
 use outboard_virtio::{DoorbellBinder, GuestMemory, VirtioDevice, VirtioPci};
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex};
@@ -51,7 +55,8 @@ impl Host {
     ///
     /// # Errors
     /// [`Error`] for what cannot be opened; everything opened so far is closed then.
-    pub(crate) fn open(spec: &MachineSpec, disks: Vec<Disk>) -> Result<Self, Error> {
+    pub(crate) fn open(spec: &MachineSpec, disks: Vec<Disk>, events: &EventSender) -> Result<Self, Error> {
+        let panic_watch = Arc::new(PanicWatch::default());
         let mut disks = disks.into_iter();
         let mut devices = Devices::new();
         for kind in DeviceKind::list(spec) {
@@ -62,12 +67,21 @@ impl Host {
                     Box::new(Block::new(&name, &serial, disk, spec.cpus))
                 }
                 DeviceKind::Net(index) => Box::new(Net::new(&format!("net{index}"), &spec.nets[index])?),
-                DeviceKind::Console | DeviceKind::Vsock | DeviceKind::Entropy => continue,
+                DeviceKind::Console => {
+                    let host = ConsoleHost::open(&spec.virtio_console)?;
+                    let end = VirtioEnd::new(host, panic_watch.clone(), events.clone());
+                    Box::new(Console::new("console1", Box::new(end)))
+                }
+                DeviceKind::Vsock => {
+                    let vsock = spec.vsock.as_ref().expect("listed only if it is there");
+                    Box::new(Vsock::new("vsock", vsock.cid.into(), &vsock.socket)?)
+                }
+                DeviceKind::Entropy => Box::new(Entropy::new()),
             });
         }
         // The terminal last: nothing that fails after it leaves it raw for long.
         let console = Arc::new(Mutex::new(ConsoleHost::open(&spec.console)?));
-        Ok(Self { console, panic_watch: Arc::default(), devices })
+        Ok(Self { console, panic_watch, devices })
     }
 }
 

@@ -61,6 +61,14 @@ pub enum Error {
     /// A network, such as a forwarded port in use.
     #[error(transparent)]
     Net(#[from] outboard_netstack::NetError),
+    /// The socket device.
+    #[error(transparent)]
+    Vsock(#[from] outboard_virtio::vsock::VsockError),
+    /// Two consoles on one terminal.
+    #[error(
+        "both consoles are to use the terminal; give --console or --virtio-console a file or a socket, or none"
+    )]
+    TwoOnTerminal,
     /// No PCI slot is left.
     #[error("{0}; the machine has 31 PCI slots, give fewer devices")]
     Slot(#[from] outboard_pci::AddError),

@@ -66,7 +66,7 @@ pub fn run(spec: &MachineSpec, hypervisor: &dyn Hypervisor) -> Result<Outcome, E
     let sender = EventSender(sender);
     // Before the terminal is touched, so that no signal leaves it raw.
     let signals = Signals::install(sender.clone())?;
-    let mut host = Host::open(spec, std::mem::take(&mut inputs.disks))?;
+    let mut host = Host::open(spec, std::mem::take(&mut inputs.disks), &sender)?;
     let mut power = PowerButton::default();
     loop {
         let machine = Machine::build(spec, &inputs, &mut host, hypervisor, &sender)?;

@@ -38,7 +38,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "WHERE")]
     console: Option<ConsoleTarget>,
 
-    /// Virtio console of the guest (hvc0): none, file:PATH or socket:PATH.
+    /// Virtio console of the guest (hvc0), with the same choices; the device is there unless it is none.
     #[arg(long, value_name = "WHERE", default_value = "none")]
     virtio_console: ConsoleTarget,
 

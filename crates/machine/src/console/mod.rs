@@ -4,10 +4,12 @@ mod escape;
 mod host;
 mod panic_watch;
 mod pump;
+mod virtio;
 
 pub(crate) use host::ConsoleHost;
 pub(crate) use panic_watch::PanicWatch;
 pub(crate) use pump::ConsolePump;
+pub(crate) use virtio::VirtioEnd;
 
 use std::fmt;
 use std::path::PathBuf;
