@@ -14,9 +14,8 @@ use crate::{GRANULE, Limits, Policy, Range, Table};
 /// Rounds in which the host may refuse something before a call fails: as planned, exact, exact with nothing idle left.
 const ROUNDS: u32 = 3;
 
-/// Once something must be evicted, a further 1/64 of each budget is freed along with it, in the same batch: the next
-/// misses then find room, and space that the host returns late is on its way in time.
-const RESERVE_SHIFT: u32 = 6;
+/// At least 1/8 of each budget is kept free of idle windows; see [`Planner::keep_reserve`].
+const RESERVE_SHIFT: u32 = 3;
 
 /// One line of a batch for the host. The host works through a batch from the first line to the last, so that what is
 /// unmapped makes room for what is mapped.
@@ -248,7 +247,22 @@ impl<'a> Planner<'a> {
             }
             self.seen = self.seen.max(index.saturating_add(1));
         }
-        if self.lines == 0 { Step::Done } else { self.ask() }
+        if self.lines == 0 {
+            return Step::Done;
+        }
+        self.keep_reserve(table);
+        self.ask()
+    }
+
+    /// Evicts, in a batch that goes to the host anyway, the oldest idle windows beyond half of the bytes that are not in
+    /// use. The next misses then find room, without waiting for space that the host returns late, and in few pieces,
+    /// as large requests need it (dart-and-dma 3.1).
+    fn keep_reserve(&mut self, table: &Table<'_>) {
+        let limits = table.limits;
+        let used = table.pinned().bytes.saturating_add(self.pending.bytes);
+        let bytes = (limits.bytes.saturating_sub(used) / 2).max(limits.bytes >> RESERVE_SHIFT);
+        let entries = limits.entries >> RESERVE_SHIFT;
+        while self.lacks(limits, bytes, entries).is_some() && self.evict_one(table) {}
     }
 
     /// Whether a window of the batch under way will cover `range`.
@@ -312,7 +326,7 @@ impl<'a> Planner<'a> {
         true
     }
 
-    /// Evicts idle windows by age until `len` bytes and one entry are free, and then some (see [`RESERVE_SHIFT`]).
+    /// Evicts idle windows by age until `len` bytes and one entry are free.
     fn make_room(&mut self, table: &Table<'_>, len: u64) -> Room {
         let limits = table.limits;
         let used = table.pinned();
@@ -326,7 +340,6 @@ impl<'a> Planner<'a> {
         }
         // A line for the mapping itself must be left.
         let last_line = self.batch.len().saturating_sub(1);
-        let mut pressed = false;
         while let Some(failure) = self.lacks(limits, len, 1) {
             if self.lines >= last_line {
                 return Room::BatchFull;
@@ -334,14 +347,7 @@ impl<'a> Planner<'a> {
             if !self.evict_one(table) {
                 return Room::None(failure);
             }
-            pressed = true;
         }
-        let reserve = (limits.bytes >> RESERVE_SHIFT, limits.entries >> RESERVE_SHIFT);
-        while pressed
-            && self.lines < last_line
-            && self.lacks(limits, len.saturating_add(reserve.0), reserve.1.saturating_add(1)).is_some()
-            && self.evict_one(table)
-        {}
         if self.lines > last_line { Room::BatchFull } else { Room::Made }
     }
 

@@ -1,0 +1,89 @@
+//! DMA calls in memory, whatever they were read from.
+
+use std::ops::Range as Span;
+
+/// One piece of memory in a call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Segment {
+    /// Guest-physical address.
+    pub start: u64,
+    /// Bytes; not zero.
+    pub len: u64,
+}
+
+/// One DMA call.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Op {
+    /// Maps these segments ([`Trace::segments`] at this span).
+    Map(Span<usize>),
+    /// Unmaps all that an earlier call mapped: its index among [`Trace::calls`].
+    Unmap(usize),
+    /// A remark of the workload ([`Trace::markers`] at this index).
+    Marker(usize),
+}
+
+/// One line of a trace.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Call {
+    /// Microseconds since an arbitrary moment; never less than in the call before.
+    pub at: u64,
+    /// What it does.
+    pub op: Op,
+}
+
+/// A recorded or generated workload.
+#[derive(Debug, Clone, Default)]
+pub struct Trace {
+    /// Name for reports.
+    pub name: String,
+    /// Calls in order.
+    pub calls: Vec<Call>,
+    /// Segments of all calls.
+    pub segments: Vec<Segment>,
+    /// Text of the markers.
+    pub markers: Vec<String>,
+}
+
+impl Trace {
+    /// An empty trace.
+    pub fn new(name: impl Into<String>) -> Self {
+        Self { name: name.into(), ..Self::default() }
+    }
+
+    /// Appends a map call; its index, to unmap it by.
+    pub fn map(&mut self, at: u64, segments: impl IntoIterator<Item = Segment>) -> usize {
+        let from = self.segments.len();
+        self.segments.extend(segments);
+        self.push(at, Op::Map(from..self.segments.len()))
+    }
+
+    /// Appends the unmapping of what call `index` mapped.
+    pub fn unmap(&mut self, at: u64, index: usize) {
+        self.push(at, Op::Unmap(index));
+    }
+
+    /// Appends a marker.
+    pub fn mark(&mut self, at: u64, text: impl Into<String>) {
+        self.markers.push(text.into());
+        self.push(at, Op::Marker(self.markers.len() - 1));
+    }
+
+    fn push(&mut self, at: u64, op: Op) -> usize {
+        // Clocks of several CPUs may differ by a little; time only moves on.
+        let at = at.max(self.calls.last().map_or(0, |call| call.at));
+        self.calls.push(Call { at, op });
+        self.calls.len() - 1
+    }
+
+    /// Time of the first call, microseconds.
+    pub fn begins(&self) -> u64 {
+        self.calls.first().map_or(0, |call| call.at)
+    }
+
+    /// Lowest and highest (exclusive) address that any call names.
+    pub fn extent(&self) -> Option<(u64, u64)> {
+        let low = self.segments.iter().map(|s| s.start).min()?;
+        let high = self.segments.iter().map(|s| s.start.saturating_add(s.len)).max()?;
+        Some((low, high))
+    }
+}
