@@ -16,6 +16,7 @@ use outboard_platform::{Pl011, Pl031, Pl061};
 use outboard_virtio::DoorbellBinder;
 use outboard_virtio::block::Disk;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// arm64 Linux takes at most 2,047 bytes (COMMAND_LINE_SIZE, arch/arm64/include/uapi/asm/setup.h).
 const MAX_COMMAND_LINE: usize = 2047;
@@ -157,7 +158,7 @@ fn gic_config() -> GicConfig {
 
 /// Serial console, clock and power key.
 fn add_board(bus: &MmioBus, gic: &Arc<dyn InterruptController>) -> Result<(Arc<Pl011>, Arc<Pl061>), Error> {
-    let line = |intid| Arc::new(SpiLine { gic: gic.clone(), intid });
+    let line = |intid| Arc::new(SpiLine { gic: gic.clone(), intid, asserted: AtomicBool::new(false) });
     let uart = Arc::new(Pl011::new(line(layout::PL011_INTID)).map_err(Error::Thread)?);
     let gpio = Arc::new(Pl061::new(line(layout::PL061_INTID)));
     bus.insert(layout::PL011, layout::PRIMECELL_SIZE, uart.clone())?;
@@ -195,14 +196,19 @@ fn reporter(events: &EventSender) -> Reporter {
     Arc::new(move |event| events.send(MachineEvent::Vcpu(event)))
 }
 
-/// A level-triggered SPI of a device on the board.
+/// A level-triggered SPI of a device on the board. The device's own lock orders the calls.
 struct SpiLine {
     gic: Arc<dyn InterruptController>,
     intid: u32,
+    /// What the hypervisor was told last: a UART sets its line at every byte, and mostly to what it is.
+    asserted: AtomicBool,
 }
 
 impl IrqLine for SpiLine {
     fn set(&self, asserted: bool) {
+        if self.asserted.swap(asserted, Ordering::Relaxed) == asserted {
+            return;
+        }
         if let Err(error) = self.gic.set_spi(self.intid, asserted) {
             warn_limited!("interrupt {} could not be set: {error}", self.intid);
         }
