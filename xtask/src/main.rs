@@ -3,9 +3,12 @@
 mod arm64;
 mod debian;
 mod lab;
+mod lint;
 mod paths;
 mod process;
 mod stamp;
+mod test;
+mod workspace;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -23,6 +26,10 @@ struct Cli {
 enum Task {
     /// Boot a Linux guest with Outboard, in an emulated arm64 host
     Lab(lab::Options),
+    /// Run every check: lints, tests of the crates, cases in the lab
+    Test(test::Options),
+    /// Check format, clippy, layers and other rules, and the targets that are not run here
+    Lint,
     /// Install what the other tasks need and is missing
     Setup {
         /// Only say what would be installed
@@ -46,6 +53,12 @@ fn run(task: &Task) -> Result<bool> {
     let paths = Paths::new()?;
     match task {
         Task::Lab(options) => lab::run(&paths, options),
+        Task::Test(options) => test::run(&paths, options),
+        Task::Lint => {
+            let counts = lint::run(&paths);
+            println!("{} passed, {} failed, {} skipped", counts.passed, counts.failed, counts.skipped);
+            Ok(counts.failed == 0)
+        }
         Task::Setup { dry_run } => {
             debian::setup::ensure(&paths, &debian::setup::LAB, *dry_run)?;
             Ok(true)

@@ -124,13 +124,12 @@ fn supervise(
         let _ = sender.send(Input::CaseClosed);
     });
     let deadline = Instant::now() + limit;
-    let mut done = false;
+    let mut done = None;
     let forced = loop {
         match inputs.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-            Ok(Input::Event(line)) => {
-                done |= line.starts_with("{\"done\"");
-                writeln!(events, "{line}").context("cannot write to the port")?;
-            }
+            // Said only once all is cleaned up: the next command may follow at once.
+            Ok(Input::Event(line)) if line.starts_with("{\"done\"") => done = Some(line),
+            Ok(Input::Event(line)) => writeln!(events, "{line}").context("cannot write to the port")?,
             Ok(Input::CaseClosed) => break None,
             Ok(Input::Command(Command::Abort)) => break Some("stopped on request".to_owned()),
             Ok(Input::Command(command @ Command::Input(_))) => forward(&mut stdin, &command),
@@ -140,11 +139,12 @@ fn supervise(
         }
     };
     let status = clean_up(child, inputs)?;
-    Ok(match forced {
-        _ if done => None,
-        Some(reason) => Some(Outcome::Failed(reason)),
-        None => Some(Outcome::Failed(format!("the host half ended with {status} without a result"))),
-    })
+    if let Some(line) = done {
+        writeln!(events, "{line}").context("cannot write to the port")?;
+        return Ok(None);
+    }
+    let without_result = || format!("the host half ended with {status} without a result");
+    Ok(Some(Outcome::Failed(forced.unwrap_or_else(without_result))))
 }
 
 fn spawn_case(case: &str, vmm: Vmm) -> Result<Child> {

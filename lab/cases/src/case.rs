@@ -35,11 +35,6 @@ pub enum Group {
     Tool,
 }
 
-/// The guest half of cases that start no guest.
-pub fn no_guest(_: &mut Guest) -> Result<()> {
-    anyhow::bail!("this case has no guest half")
-}
-
 /// All cases, in the order in which they run.
 pub fn all() -> Vec<Case> {
     crate::cases::table()

@@ -111,7 +111,7 @@ fn parse_deb822(text: &str) -> Vec<Entry> {
             let prefix = format!("{name}:");
             let starts =
                 |line: &&str| line.get(..prefix.len()).is_some_and(|p| p.eq_ignore_ascii_case(&prefix));
-            let at = stanza.iter().position(|line| starts(line))?;
+            let at = stanza.iter().position(starts)?;
             let more = stanza[at + 1..].iter().take_while(|line| line.starts_with([' ', '\t']));
             let value =
                 more.fold(stanza[at][prefix.len()..].to_owned(), |value, line| value + " " + line.trim());

@@ -98,6 +98,7 @@ pub fn prepare(paths: &Paths, packages: &Packages, programs: &Path, peer: bool) 
             initramfs(&initrd, &agent, &busybox, &mut Modules::scan(root)?, &GUEST_MODULES)
         })?;
     }
+    super::formats::prepare(paths, &paths.share().join("kernels/6.12-cloud/Image"))?;
     for program in ["outboard", "hv-conformance"] {
         let from = programs.join(program);
         if from.is_file() {

@@ -1,5 +1,6 @@
 //! `cargo xtask lab`: an emulated arm64 host, Outboard in it, a guest in that.
 
+mod formats;
 mod images;
 mod modules;
 mod packages;
@@ -8,12 +9,14 @@ mod report;
 mod session;
 mod shell;
 
-pub use report::{CaseResult, Progress, Report};
-pub use session::Session;
+pub use report::Counts;
 
 use crate::arm64::Toolchain;
 use crate::debian::setup;
 use crate::paths::Paths;
+use report::{CaseResult, Progress, Report};
+use session::Session;
+
 use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
 use lab_cases::Group;
@@ -98,8 +101,21 @@ fn chosen(options: &Options) -> Result<Vec<String>> {
     if options.names.is_empty() { Ok(vec!["demo".into()]) } else { Ok(options.names.clone()) }
 }
 
+/// Runs all cases and returns how many ended how. Those that ran count even when the lab breaks down in the middle.
+pub fn run_all_cases(paths: &Paths) -> Counts {
+    let (mut progress, mut report) = (Progress::new(), Report::default());
+    let result = prepare_and_run(paths, &test_cases(), Vmm::Outboard, &mut progress, &mut report);
+    progress.clear();
+    let mut counts = report.counts();
+    if let Err(error) = result {
+        println!("  FAILED   lab: {error:#}\nThe logs are kept in {}", paths.logs().display());
+        counts.failed += 1;
+    }
+    counts
+}
+
 /// Names of the cases that `--cases` runs.
-pub fn test_cases() -> Vec<String> {
+fn test_cases() -> Vec<String> {
     lab_cases::all()
         .iter()
         .filter(|case| case.group == Group::Test)
@@ -114,7 +130,7 @@ fn prepare_and_run(
     progress: &mut Progress,
     report: &mut Report,
 ) -> Result<()> {
-    let mut session = start(paths, vmm, progress)?;
+    let mut session = start(paths, needs_peer(names, vmm), progress)?;
     for name in names {
         run_case(&mut session, name, vmm, progress, report)?;
     }
@@ -124,8 +140,8 @@ fn prepare_and_run(
     Ok(())
 }
 
-/// Prepares everything and starts the emulated host.
-pub fn start(paths: &Paths, vmm: Vmm, progress: &mut Progress) -> Result<Session> {
+/// Prepares everything, with the distribution's QEMU if `peer`, and starts the emulated host.
+pub fn start(paths: &Paths, peer: bool, progress: &mut Progress) -> Result<Session> {
     progress.begin("prepare the machine");
     setup::ensure(paths, &setup::LAB, false)?;
     progress.begin("prepare Debian packages");
@@ -137,7 +153,7 @@ pub fn start(paths: &Paths, vmm: Vmm, progress: &mut Progress) -> Result<Session
     let programs = toolchain.build(paths, &wanted)?;
     progress.begin("prepare images");
     empty_logs(paths)?;
-    let images = images::prepare(paths, &packages, &programs, vmm == Vmm::Qemu || has_peer_cases())?;
+    let images = images::prepare(paths, &packages, &programs, peer)?;
     progress.begin("start the emulated host");
     let session = Session::start(paths, &images)?;
     progress.end();
@@ -223,9 +239,9 @@ fn has_program(paths: &Paths, package: &str) -> bool {
     paths.root.join("crates").join(folder).join("Cargo.toml").is_file()
 }
 
-/// Some cases need the distribution's `qemu-img`.
-fn has_peer_cases() -> bool {
-    lab_cases::all().iter().any(|case| case.name.starts_with("disk-"))
+/// Whether the distribution's QEMU must be in the share: it runs the guests, or its `qemu-img` makes and checks images.
+fn needs_peer(names: &[String], vmm: Vmm) -> bool {
+    vmm == Vmm::Qemu || names.iter().any(|name| name.starts_with("disk-"))
 }
 
 fn empty_logs(paths: &Paths) -> Result<()> {

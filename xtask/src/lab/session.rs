@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use lab_cases::protocol::{Command as ToHost, Event, OUT_TAG, PORT, SHARE_TAG};
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
@@ -126,7 +126,7 @@ impl Drop for Session {
     }
 }
 
-fn emulator(paths: &Paths, images: &HostImages, console: &PathBuf) -> Result<Command> {
+fn emulator(paths: &Paths, images: &HostImages, console: &Path) -> Result<Command> {
     let share = |folder: PathBuf, tag: &str, more: &str| -> Result<String> {
         let path =
             folder.to_str().context("the clone's path is not valid UTF-8; move it")?.replace(',', ",,");

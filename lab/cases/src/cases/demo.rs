@@ -9,6 +9,7 @@ use crate::protocol::Command as FromXtask;
 use anyhow::{Context, Result, bail};
 use sha2::{Digest, Sha256};
 use std::io::BufRead;
+use std::net::Ipv4Addr;
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -41,7 +42,7 @@ pub(super) fn cases() -> Vec<Case> {
 
 fn demo_host(host: &Host) -> Result<Option<String>> {
     let disk = host.raw_image("demo.raw", DISK_MIB)?;
-    let port = web_server()?.port();
+    let port = web_server(Ipv4Addr::LOCALHOST, 0)?.port();
     let kernel = Kernel::V6_12;
     let spec = host.guest(kernel).cpus(2).disk(Disk::raw(disk)).net().arg("port", port);
     let mut vm = host.start(&spec)?;
@@ -107,7 +108,7 @@ fn demo_guest(guest: &mut Guest) -> Result<()> {
 
 fn shell_host(host: &Host) -> Result<Option<String>> {
     let disk = host.raw_image("shell.raw", 1024)?;
-    let port = web_server()?.port();
+    let port = web_server(Ipv4Addr::LOCALHOST, 0)?.port();
     host.stream_console();
     let spec = host.guest(Kernel::V6_12).cpus(2).disk(Disk::raw(disk)).net().arg("port", port);
     let mut vm = host.start(&spec)?;

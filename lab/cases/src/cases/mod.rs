@@ -2,12 +2,15 @@
 
 mod boot;
 mod demo;
+mod devices;
+mod disk;
+mod net;
+mod power;
 
 use crate::case::Case;
 
 pub(crate) fn table() -> Vec<Case> {
-    let mut all = Vec::new();
-    all.extend(demo::cases());
-    all.extend(boot::cases());
-    all
+    let groups =
+        [demo::cases(), boot::cases(), devices::cases(), power::cases(), disk::cases(), net::cases()];
+    groups.into_iter().flatten().collect()
 }

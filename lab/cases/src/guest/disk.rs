@@ -1,10 +1,12 @@
 //! Disks in the guest.
+#![allow(unsafe_code)] // UNSAFETY: two ioctls of block devices that no safe wrapper has.
 
 use super::{Guest, wait_for};
 use crate::data::{Aligned, BLOCK, Pattern};
 use anyhow::{Context, Result, bail};
 use nix::libc;
 use std::fs::{File, OpenOptions};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -104,6 +106,22 @@ impl GuestDisk {
         self.file.sync_all().with_context(|| format!("flushing {}", self.name))
     }
 
+    /// Discards `count` blocks from `first` on.
+    pub fn discard(&self, first: u64, count: u64) -> Result<()> {
+        // SAFETY: BLKDISCARD reads two u64 (start and length in bytes) from the array, which outlives the call.
+        unsafe { blkdiscard(self.file.as_raw_fd(), &byte_range(first, count)) }
+            .with_context(|| format!("discarding {count} blocks of {} from {first}", self.name))?;
+        Ok(())
+    }
+
+    /// Has `count` blocks from `first` on filled with zeros by the device.
+    pub fn write_zeroes(&self, first: u64, count: u64) -> Result<()> {
+        // SAFETY: BLKZEROOUT reads two u64 (start and length in bytes) from the array, which outlives the call.
+        unsafe { blkzeroout(self.file.as_raw_fd(), &byte_range(first, count)) }
+            .with_context(|| format!("zeroing {count} blocks of {} from {first}", self.name))?;
+        Ok(())
+    }
+
     fn in_chunks(
         &self,
         first: u64,
@@ -119,4 +137,22 @@ impl GuestDisk {
         }
         Ok(())
     }
+}
+
+// Linux, include/uapi/linux/fs.h.
+nix::ioctl_write_ptr_bad!(
+    /// BLKDISCARD.
+    blkdiscard,
+    nix::request_code_none!(0x12, 119),
+    [u64; 2]
+);
+nix::ioctl_write_ptr_bad!(
+    /// BLKZEROOUT.
+    blkzeroout,
+    nix::request_code_none!(0x12, 127),
+    [u64; 2]
+);
+
+fn byte_range(first: u64, count: u64) -> [u64; 2] {
+    [first * BLOCK as u64, count * BLOCK as u64]
 }

@@ -1,14 +1,18 @@
 //! What the guest half of a case works with.
 
 pub mod disk;
+pub mod input;
 pub mod net;
 
 use crate::protocol::{GuestLine, MARK};
 use anyhow::{Context, Result, bail};
 use nix::kmod::{ModuleInitFlags, finit_module};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::reboot::RebootMode;
 use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io::Write;
+use std::os::fd::AsFd;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -61,6 +65,27 @@ impl Guest {
             }
         }
         Ok(true)
+    }
+
+    /// Reboots; does not come back.
+    pub fn reboot(&self) -> Result<()> {
+        let never = nix::sys::reboot::reboot(RebootMode::RB_AUTOBOOT).context("cannot reboot")?;
+        match never {}
+    }
+
+    /// A line typed on the console.
+    pub fn read_line(&self) -> Result<String> {
+        let mut line = String::new();
+        std::io::stdin().read_line(&mut line).context("cannot read the console")?;
+        Ok(line.trim().to_owned())
+    }
+
+    /// A line typed on the console within `limit`.
+    pub fn line_within(&self, limit: Duration) -> Result<Option<String>> {
+        let stdin = std::io::stdin();
+        let mut fds = [PollFd::new(stdin.as_fd(), PollFlags::POLLIN)];
+        let timeout = PollTimeout::try_from(limit).context("the limit is too long")?;
+        if poll(&mut fds, timeout)? == 0 { Ok(None) } else { self.read_line().map(Some) }
     }
 
     /// Loads a module that must be there.

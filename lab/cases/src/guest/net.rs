@@ -68,10 +68,17 @@ pub fn download(host: &str, port: u16, seed: u64, len: u64) -> Result<String> {
     Ok(hex(&sum.finalize()))
 }
 
-/// Downloads `len` bytes of pattern `seed` and checks each block: cheaper than a checksum on both sides.
-pub fn download_checked(host: &str, port: u16, seed: u64, len: u64) -> Result<()> {
+/// Connects, with a limit for standing still.
+pub fn connect(host: &str, port: u16) -> Result<TcpStream> {
+    let stream = TcpStream::connect((host, port)).with_context(|| format!("connecting to {host}:{port}"))?;
+    stream.set_read_timeout(Some(IDLE))?;
+    Ok(stream)
+}
+
+/// Asks for `len` bytes of pattern `seed` and checks each block: cheaper than a checksum on both sides.
+pub fn request_checked(stream: &mut TcpStream, seed: u64, len: u64) -> Result<()> {
     let mut body = Vec::new();
-    fetch(host, port, seed, len, |bytes| body.extend_from_slice(bytes))?;
+    request(stream, seed, len, |bytes| body.extend_from_slice(bytes))?;
     if body.len() as u64 != len {
         bail!("the download ended after {} of {len} bytes", body.len());
     }
@@ -82,11 +89,12 @@ pub fn download_checked(host: &str, port: u16, seed: u64, len: u64) -> Result<()
 }
 
 /// Downloads and hands each piece to `take`; returns the number of bytes.
-pub fn fetch(host: &str, port: u16, seed: u64, len: u64, mut take: impl FnMut(&[u8])) -> Result<u64> {
-    let mut stream =
-        TcpStream::connect((host, port)).with_context(|| format!("connecting to {host}:{port}"))?;
-    stream.set_read_timeout(Some(IDLE))?;
-    write!(stream, "GET /{seed}/{len} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n")?;
+pub fn fetch(host: &str, port: u16, seed: u64, len: u64, take: impl FnMut(&[u8])) -> Result<u64> {
+    request(&mut connect(host, port)?, seed, len, take)
+}
+
+fn request(stream: &mut TcpStream, seed: u64, len: u64, mut take: impl FnMut(&[u8])) -> Result<u64> {
+    write!(stream, "GET /{seed}/{len} HTTP/1.1\r\nHost: lab\r\nConnection: close\r\n\r\n")?;
     let mut head = Vec::new();
     let mut byte = [0];
     while !head.ends_with(b"\r\n\r\n") {

@@ -11,9 +11,9 @@ pub const DNS_NAME: &str = "a-name-of-the.lab.test";
 /// The address it gives for [`DNS_NAME`] (TEST-NET-1, RFC 5737).
 pub const DNS_ANSWER: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 77);
 
-/// Starts a web server on 127.0.0.1. `GET /SEED/LEN` gives the first LEN bytes of pattern SEED. Ends with the process.
-pub fn web_server() -> Result<SocketAddr> {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("cannot start the web server")?;
+/// Starts a web server; port 0 is any. `GET /SEED/LEN` gives the first LEN bytes of pattern SEED. Ends with the process.
+pub fn web_server(address: Ipv4Addr, port: u16) -> Result<SocketAddr> {
+    let listener = TcpListener::bind((address, port)).context("cannot start the web server")?;
     let address = listener.local_addr()?;
     thread::Builder::new().name("web".into()).spawn(move || {
         for stream in listener.incoming().flatten() {
@@ -119,7 +119,7 @@ mod tests {
 
     #[test]
     fn the_web_server_sends_the_pattern() {
-        let address = web_server().expect("starts");
+        let address = web_server(Ipv4Addr::LOCALHOST, 0).expect("starts");
         let mut stream = TcpStream::connect(address).expect("connects");
         write!(stream, "GET /5/8192 HTTP/1.0\r\n\r\n").expect("sends");
         let mut reply = Vec::new();

@@ -101,6 +101,10 @@ impl RunningVm {
     /// Waits for the first line of the guest's init. Returns the time from the start of the process to that line, and
     /// the guest's own idea of its uptime.
     pub fn init(&mut self) -> Result<(Duration, Duration)> {
+        if let Some(index) = self.seen.iter().position(|line| matches!(line, GuestLine::Init { .. })) {
+            self.seen.remove(index);
+            bail!("the guest's init ran before the host half waited for it");
+        }
         let deadline = Instant::now() + BOOT_LIMIT;
         loop {
             let (at, line) = self.next_guest_line(deadline, "the first line of the guest's init")?;
@@ -140,6 +144,14 @@ impl RunningVm {
         self.seen = rest;
         let value = |line| if let GuestLine::Note(_, value) = line { Some(value) } else { None };
         Vec::into_iter(found).filter_map(value).collect()
+    }
+
+    /// Takes in what the console still held when the process ended.
+    pub fn drain(&mut self) {
+        while let Ok(line) = self.lines.recv_timeout(Duration::from_secs(5)) {
+            self.keep_tail(&line.text);
+            self.seen.extend(parse_guest_line(&line.text));
+        }
     }
 
     /// Waits for a console line that contains `text`, from the kernel or anyone.
