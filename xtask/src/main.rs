@@ -1,6 +1,7 @@
 //! Automation of this workspace: `cargo xtask --help`.
 
 mod arm64;
+mod bench;
 mod debian;
 mod lab;
 mod lint;
@@ -30,6 +31,8 @@ enum Task {
     Test(test::Options),
     /// Check format, clippy, layers and other rules, and the targets that are not run here
     Lint,
+    /// Measure Outboard beside QEMU
+    Bench(bench::Options),
     /// Install what the other tasks need and is missing
     Setup {
         /// Only say what would be installed
@@ -54,6 +57,7 @@ fn run(task: &Task) -> Result<bool> {
     match task {
         Task::Lab(options) => lab::run(&paths, options),
         Task::Test(options) => test::run(&paths, options),
+        Task::Bench(options) => bench::run(&paths, options),
         Task::Lint => {
             let counts = lint::run(&paths);
             println!("{} passed, {} failed, {} skipped", counts.passed, counts.failed, counts.skipped);

@@ -114,6 +114,29 @@ pub fn run_all_cases(paths: &Paths) -> Counts {
     counts
 }
 
+/// One measurement.
+pub struct Sample {
+    /// What was measured.
+    pub metric: String,
+    /// On which monitor.
+    pub vmm: Vmm,
+    /// In the metric's unit.
+    pub value: f64,
+}
+
+/// Runs a benchmark case and returns what it measured.
+pub fn samples(paths: &Paths, case: &str) -> Result<Vec<Sample>> {
+    let (mut progress, mut report) = (Progress::new(), Report::default());
+    let names = [case.to_owned()];
+    let result = prepare_and_run(paths, &names, Vmm::Outboard, &mut progress, &mut report);
+    progress.clear();
+    result.with_context(|| format!("the logs are kept in {}", paths.logs().display()))?;
+    if let Some(CaseResult { outcome: Outcome::Failed(reason), .. }) = report.cases.pop() {
+        bail!("{reason}");
+    }
+    Ok(report.samples)
+}
+
 /// Names of the cases that `--cases` runs.
 fn test_cases() -> Vec<String> {
     lab_cases::all()
@@ -187,7 +210,8 @@ pub fn run_case(
             Event::Fact(key, value) => {
                 report.facts.insert(key, value);
             }
-            Event::Console(_) | Event::Ready { .. } | Event::Sample { .. } => {}
+            Event::Sample { metric, vmm, value } => report.samples.push(Sample { metric, vmm, value }),
+            Event::Console(_) | Event::Ready { .. } => {}
             Event::Log(text) => progress.say(&format!("    {text}")),
             Event::Part { name: part, outcome } => {
                 let name = format!("{name}/{part}");
@@ -241,7 +265,7 @@ fn has_program(paths: &Paths, package: &str) -> bool {
 
 /// Whether the distribution's QEMU must be in the share: it runs the guests, or its `qemu-img` makes and checks images.
 fn needs_peer(names: &[String], vmm: Vmm) -> bool {
-    vmm == Vmm::Qemu || names.iter().any(|name| name.starts_with("disk-"))
+    vmm == Vmm::Qemu || names.iter().any(|name| name.starts_with("disk-") || name.starts_with("bench-"))
 }
 
 fn empty_logs(paths: &Paths) -> Result<()> {

@@ -11,7 +11,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// The report for machines: `docs/lab.md` explains its keys.
-#[derive(Debug, Default, Serialize)]
+#[derive(Default, Serialize)]
 pub struct Report {
     /// Whether everything that was asked for succeeded.
     pub ok: bool,
@@ -25,6 +25,9 @@ pub struct Report {
     pub facts: BTreeMap<String, serde_json::Value>,
     /// Cases that ran.
     pub cases: Vec<CaseResult>,
+    /// Measurements of a benchmark; `cargo xtask bench` has its own report.
+    #[serde(skip)]
+    pub samples: Vec<super::Sample>,
     /// What failed, if not a case.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,

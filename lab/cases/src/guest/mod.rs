@@ -3,6 +3,7 @@
 pub mod disk;
 pub mod input;
 pub mod net;
+pub mod pci;
 
 use crate::protocol::{GuestLine, MARK};
 use anyhow::{Context, Result, bail};
