@@ -14,6 +14,43 @@ pub struct PciAddress {
     pub function: u8,
 }
 
+/// A slot with all its functions (`01:00`), or one function of it (`01:00.0`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Selection {
+    /// Function 0 of the slot, or the one function.
+    address: PciAddress,
+    whole_slot: bool,
+}
+
+impl Selection {
+    /// Whether `address` is meant.
+    pub fn contains(&self, address: PciAddress) -> bool {
+        self.address == if self.whole_slot { PciAddress { function: 0, ..address } } else { address }
+    }
+}
+
+impl From<PciAddress> for Selection {
+    fn from(address: PciAddress) -> Self {
+        Self { address, whole_slot: false }
+    }
+}
+
+impl fmt::Display for Selection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let PciAddress { segment, bus, device, .. } = self.address;
+        if self.whole_slot { write!(f, "{segment:04x}:{bus:02x}:{device:02x}") } else { self.address.fmt(f) }
+    }
+}
+
+impl FromStr for Selection {
+    type Err = AddressError;
+
+    fn from_str(text: &str) -> Result<Self, AddressError> {
+        let slot = || parse(&format!("{text}.0")).map(|address| Self { address, whole_slot: true });
+        parse(text).map(Self::from).or_else(slot).ok_or_else(|| AddressError(text.to_owned()))
+    }
+}
+
 /// Text that is no PCI address.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
@@ -64,6 +101,21 @@ mod tests {
             ["", "01:00", "1:20.0", "01:00.8", "0:0:0:0.0", "+1:00.0", "01:00.0 ", "g1:00.0", "00001:00:00.0"]
         {
             assert!(text.parse::<PciAddress>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_slot_is_all_its_functions() {
+        let function: PciAddress = "0000:01:1f.7".parse().unwrap();
+        let slot: Selection = "01:1f".parse().unwrap();
+        assert_eq!(slot.to_string(), "0000:01:1f");
+        assert!(slot.contains(function) && slot.contains(PciAddress { function: 0, ..function }));
+        assert!(!slot.contains(PciAddress { device: 30, ..function }));
+        let one: Selection = "01:1f.7".parse().unwrap();
+        assert_eq!(one.to_string(), function.to_string());
+        assert!(one.contains(function) && !one.contains(PciAddress { function: 6, ..function }));
+        for text in ["", "01", "01:00.", "01:00.0.0", "01:00.x", "nvme"] {
+            assert!(text.parse::<Selection>().is_err(), "{text}");
         }
     }
 }

@@ -43,6 +43,21 @@ pub enum Error {
         /// What was seen.
         why: String,
     },
+    /// Nothing the host knows resets the device.
+    #[error(
+        "{0} has no reset that the host can do (no function-level reset, and others share its bus); what one guest left in it the next one finds"
+    )]
+    NoReset(crate::PciAddress),
+    /// The device cannot use these addresses.
+    #[error("the IOMMU cannot map {len:#x} bytes at {address:#x} for DMA; it can map {usable}")]
+    Reserved {
+        /// Bus address.
+        address: u64,
+        /// Bytes.
+        len: u64,
+        /// What it can map.
+        usable: String,
+    },
     /// The domain's bytes are used up.
     #[error("no {len:#x} bytes are left for DMA: {mapped:#x} of {limit:#x} are mapped")]
     OutOfBytes {

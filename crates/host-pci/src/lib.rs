@@ -4,15 +4,29 @@
 //! the caller never chooses a bus address, nothing is unmapped that the device may still write, BARs are never executable.
 
 mod address;
+mod capabilities;
+pub mod conformance;
 mod error;
+mod fingerprint;
+pub mod host;
+#[cfg(target_os = "linux")]
+pub mod vfio;
 
-pub use address::{AddressError, PciAddress};
+pub use address::{AddressError, PciAddress, Selection};
 pub use error::{Error, Result};
 
 use outboard_bus::Width;
+use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
+
+/// Unit of mappings, bytes: a Mac's page, on every back end.
+pub const GRANULE: u64 = 16 << 10;
+
+/// What a quarantined function's `driver_override` in sysfs says: no driver takes it, Outboard refuses it. It is gone when the device is
+/// unplugged or the host restarted, which is when the device has got a chance to recover; `release` takes it back, too.
+pub const QUARANTINED: &str = "outboard-quarantined";
 
 /// Who a function is, from its config space; read once, when it is opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,6 +89,24 @@ pub struct InterruptCounts {
     pub msi: u16,
     /// 0 to 2,048.
     pub msix: u16,
+}
+
+impl InterruptCounts {
+    /// Refuses a count of 0 or beyond what there is.
+    #[cfg_attr(not(target_os = "linux"), allow(dead_code))]
+    fn check(self, kind: InterruptKind, count: u16) -> Result<()> {
+        let most = match kind {
+            InterruptKind::Intx => self.intx,
+            InterruptKind::Msi => self.msi,
+            InterruptKind::MsiX => self.msix,
+        };
+        if count == 0 || count > most {
+            return Err(Error::OutOfRange {
+                what: format!("{count} vectors of {kind:?}; the function has {most};"),
+            });
+        }
+        Ok(())
+    }
 }
 
 /// Takes the interrupts of a function. Called from any thread of the back end, never blocks.
@@ -156,13 +188,13 @@ pub trait HostFunction: Send + Sync {
     /// Vectors of each kind.
     fn interrupts(&self) -> InterruptCounts;
 
-    /// Lets vectors 0 to `count` - 1 of `kind` fire into `sink`; whatever was enabled before is off.
+    /// Lets vectors 0 to `count` - 1 of `kind` fire into `sink`; whatever was enabled before is off. Not to be called from the sink.
     ///
     /// # Errors
     /// [`Error::OutOfRange`] for a count of 0 or beyond [`HostFunction::interrupts`], [`Error::Gone`], [`Error::Host`].
     fn enable_interrupts(&self, kind: InterruptKind, count: u16, sink: Arc<dyn InterruptSink>) -> Result<()>;
 
-    /// No interrupt fires after this returns.
+    /// No interrupt fires after this returns. Not to be called from the sink.
     ///
     /// # Errors
     /// [`Error::Gone`], [`Error::Host`].
@@ -180,13 +212,16 @@ pub trait HostFunction: Send + Sync {
     /// [`Error::Gone`], [`Error::Busy`] when transactions do not end in time, [`Error::Host`].
     fn set_bus_master(&self, on: bool) -> Result<()>;
 
-    /// Resets the function and waits until it answers again; config space is afterwards as it was when it was opened.
+    /// Resets the function and waits until it answers again; config space is afterwards as it was when it was opened: interrupts
+    /// and bus master are off. A function that cannot be reset alone takes the others of its slot with it.
     ///
     /// # Errors
-    /// [`Error::ResetFailed`] when it does not come back or comes back different; it must not be used any more then. [`Error::Gone`].
+    /// [`Error::ResetFailed`] when it does not come back or comes back different: it is not used any more then, and every later
+    /// call says so. [`Error::NoReset`], [`Error::Gone`], [`Error::Host`].
     fn reset(&self) -> Result<()>;
 
-    /// Becomes readable once the device has vanished (cable pulled) or the host wants it back.
+    /// Becomes readable, and stays so, once the device has vanished (cable pulled), has failed (an uncorrectable error on its
+    /// link) or the host wants it back: it is to be taken from the guest and dropped.
     fn removal(&self) -> BorrowedFd<'_>;
 }
 
@@ -232,4 +267,35 @@ pub trait DmaDomain: Send + Sync {
     /// # Errors
     /// [`Error::NotMapped`], [`Error::Host`]; on the latter the memory must be kept.
     fn unmap(&self, address: BusAddress, len: u64) -> Result<()>;
+}
+
+/// Refuses what is no multiple of [`GRANULE`].
+fn check_granule(values: &[(&str, u64)]) -> Result<()> {
+    match values.iter().find(|(_, v)| !v.is_multiple_of(GRANULE)) {
+        Some((what, value)) => Err(Error::Unaligned { what: format!("{what} {value:#x}") }),
+        None => Ok(()),
+    }
+}
+
+/// Checks a range of a BAR that is to be mapped, by the rules that hold on every host.
+fn check_mappable(
+    bar: usize,
+    bar_len: Option<u64>,
+    offset: u64,
+    len: u64,
+    msix: &[Range<u64>],
+) -> Result<()> {
+    check_granule(&[("offset", offset), ("length", len)])?;
+    let refused = |why| Err(Error::NotMappable { bar, offset, len, why });
+    let Some(bar_len) = bar_len else { return refused("the function has no such memory BAR") };
+    if bar_len < GRANULE {
+        return refused("the BAR is smaller than a page of 16 KiB");
+    }
+    let Some(end) = offset.checked_add(len).filter(|end| len > 0 && *end <= bar_len) else {
+        return Err(Error::OutOfRange { what: format!("{offset:#x}+{len:#x} of BAR {bar}") });
+    };
+    if msix.iter().any(|kept| offset < kept.end && kept.start < end) {
+        return refused("it shares a page of 16 KiB with the MSI-X table or pending bits");
+    }
+    Ok(())
 }

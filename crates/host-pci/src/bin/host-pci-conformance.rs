@@ -1,0 +1,79 @@
+//! Runs the conformance suite on a function of this host that is bound to vfio-pci.
+//!
+//! Exit status: 0 if nothing failed, 1 if something did, 2 if the suite could not run.
+
+use std::process::ExitCode;
+
+#[cfg(target_os = "linux")]
+fn main() -> ExitCode {
+    linux::main()
+}
+
+#[cfg(not(target_os = "linux"))]
+fn main() -> ExitCode {
+    eprintln!("host-pci-conformance: {}", outboard_host_pci::host::Refusal::NotYet);
+    ExitCode::from(2)
+}
+
+#[cfg(target_os = "linux")]
+mod linux {
+    use outboard_host_pci::conformance::{self, Subject, Verdict};
+    use outboard_host_pci::host::Host;
+    use outboard_host_pci::vfio::DmaPolicy;
+    use outboard_host_pci::{PciAddress, Selection};
+    use std::process::ExitCode;
+    use std::sync::Arc;
+    use std::time::Instant;
+
+    const USAGE: &str = "usage: host-pci-conformance BUS:DEVICE.FUNCTION [NAME]...
+
+Runs the cases whose names contain one of the NAMEs, or all, on a function that is bound to vfio-pci.";
+
+    pub fn main() -> ExitCode {
+        let mut arguments = std::env::args().skip(1);
+        let Some(address) = arguments.next().and_then(|a| a.parse().ok()) else {
+            eprintln!("{USAGE}");
+            return ExitCode::from(2);
+        };
+        let names: Vec<String> = arguments.collect();
+        if run(address, &names) { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    }
+
+    fn run(address: PciAddress, names: &[String]) -> bool {
+        let open = || open(address);
+        let (mut passed, mut skipped, mut failed) = (0, 0, 0);
+        for case in conformance::cases() {
+            if !names.is_empty() && !names.iter().any(|n| case.name.contains(n.as_str())) {
+                continue;
+            }
+            let started = Instant::now();
+            let verdict = case.run(&open);
+            let ms = started.elapsed().as_millis();
+            match verdict {
+                Verdict::Passed => {
+                    passed += 1;
+                    println!("pass {} ({ms} ms)", case.name);
+                }
+                Verdict::Skipped(why) => {
+                    skipped += 1;
+                    println!("skip {}: {why}", case.name);
+                }
+                Verdict::Failed(why) => {
+                    failed += 1;
+                    println!("FAIL {}: {why}", case.name);
+                }
+            }
+        }
+        println!("{address}: {passed} passed, {skipped} skipped, {failed} failed");
+        failed == 0 && passed > 0
+    }
+
+    /// Opens the function alone.
+    fn open(address: PciAddress) -> Result<Subject, String> {
+        let host = Host::this().map_err(|e| e.to_string())?;
+        let opened =
+            host.open_slot(Selection::from(address), DmaPolicy::Identity).map_err(|e| e.to_string())?;
+        let function = opened.functions.first().ok_or("nothing was opened")?;
+        Ok(Subject { function: Arc::clone(function), domain: opened.domain })
+    }
+}
