@@ -1,0 +1,230 @@
+//! What config writes do besides changing registers: bus master, power states, resets. And how a function is lost.
+
+use crate::config::COMMAND;
+use crate::function::{Function, State};
+use crate::health::Loss;
+use outboard_bus::{Width, warn_limited};
+use outboard_host_pci::Error;
+use outboard_pci::ConfigAccess;
+use outboard_pci::regs::{COMMAND_BUS_MASTER, COMMAND_MEMORY};
+use std::time::Duration;
+
+/// DEVCTL: initiate function level reset.
+const DEVCTL_FLR: u32 = 1 << 15;
+/// From D3hot to D0 (PCIe 5.9, table 5-7); before that the function need not answer.
+const D3_RECOVERY: Duration = Duration::from_millis(10);
+const D3HOT: u32 = 3;
+
+impl Function {
+    /// A guest's config write.
+    ///
+    /// Decoding: the guest's memory decode bit is not passed on. The hardware decodes from open to close (but for resets and D3), so that
+    /// no access of the guest, however late, meets a device that does not answer (CVE-2015-2756, CVE-2020-12888: an unsupported
+    /// request may bring the host down). When the guest turns decoding off, the root complex takes the BARs out of the guest before
+    /// the write completes; on: it puts them there before the write completes.
+    pub(crate) fn write(&self, state: &mut State, access: ConfigAccess, value: u32) {
+        let before = state.table.value(COMMAND);
+        if let Err(error) = state.table.write(&*self.host, access, value) {
+            return self.report("a config write failed", &error);
+        }
+        if self.asks_for_reset(access, value) {
+            return self.reset_device(state);
+        }
+        if let Some(power) = self.features.power.filter(|power| access.covers(power.control)) {
+            self.set_power(state, power.control, value & 3);
+        }
+        if self.features.express.is_some_and(|express| access.covers(express.control + 1)) {
+            self.set_read_request(state);
+        }
+        let changed = before ^ state.table.value(COMMAND);
+        if changed & u32::from(COMMAND_BUS_MASTER) != 0 {
+            self.set_bus_master(state);
+        }
+        self.sync_interrupts(state);
+    }
+
+    fn asks_for_reset(&self, access: ConfigAccess, value: u32) -> bool {
+        let flr = self
+            .features
+            .express
+            .filter(|express| express.flr)
+            .is_some_and(|express| access.covers(express.control + 1) && value & DEVCTL_FLR != 0);
+        flr || self.features.af_control.is_some_and(|control| access.covers(control) && value & 1 != 0)
+    }
+
+    /// Messages are requests too: vectors open before the device may send, and close after it has stopped and what it had sent is in.
+    fn set_bus_master(&self, state: &mut State) {
+        let on = state.table.value(COMMAND) & u32::from(COMMAND_BUS_MASTER) != 0;
+        if on {
+            self.sync_interrupts(state);
+        }
+        if let Err(error) = self.host.set_bus_master(on) {
+            self.report(if on { "it cannot be bus master" } else { "it does not stop its DMA" }, &error);
+            if on {
+                state.table.set(COMMAND, u32::from(COMMAND_BUS_MASTER), 0);
+            }
+        }
+    }
+
+    /// D0 and D3hot; writes of other states are discarded, as for states a function does not have (PCIe 7.5.2.2).
+    fn set_power(&self, state: &mut State, control: u16, wanted: u32) {
+        match (wanted, state.asleep) {
+            (D3HOT, false) => {
+                // In D3hot the device answers no memory request: guest and traps are kept away before it gets there.
+                self.close(state);
+                self.write_power(control, D3HOT);
+                state.table.set(control, 3, D3HOT);
+                state.asleep = true;
+            }
+            (0, true) => {
+                self.wake(state, control);
+                // Without NoSoftRst it comes back as from a reset (PCIe 5.3.1.4); the host's reset gives it back what the host had set up.
+                if self.features.power.is_some_and(|power| power.no_soft_reset) {
+                    self.open();
+                } else {
+                    self.reset_device(state);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Back in D0, and past the time that takes, before anybody reaches its memory.
+    fn wake(&self, state: &mut State, control: u16) {
+        self.write_power(control, 0);
+        std::thread::sleep(D3_RECOVERY);
+        state.table.set(control, 3, 0);
+        state.asleep = false;
+    }
+
+    fn write_power(&self, control: u16, power: u32) {
+        let real = self.host.config_read(control, Width::B1);
+        let written = real.and_then(|real| self.host.config_write(control, Width::B1, real & !3 | power));
+        if let Err(error) = written {
+            self.report("its power state cannot be changed", &error);
+        }
+    }
+
+    /// Read requests are never smaller than the payloads that the host set up (Linux's pcie_set_readrq says why).
+    fn set_read_request(&self, state: &State) {
+        let Some(express) = self.features.express else { return };
+        let wanted = state.table.value(express.control) >> 12 & 7;
+        let written = self.host.config_read(express.control, Width::B2).and_then(|real| {
+            // 6 and 7 are reserved (PCIe 7.5.3.4).
+            let request = wanted.min(5).max(real >> 5 & 7);
+            let value = real & !(7 << 12) & !DEVCTL_FLR | request << 12;
+            if value == real { Ok(()) } else { self.host.config_write(express.control, Width::B2, value) }
+        });
+        if let Err(error) = written {
+            self.report("its read request size cannot be set", &error);
+        }
+    }
+
+    /// Resets function and registers to what they are at power-on.
+    ///
+    /// Order: nobody reaches its memory; no interrupt; no DMA, and what was under way has ended; only then the reset. What the
+    /// device could reach is unmapped by the owner of the DMA domain, and only after this returns with the function usable or gone.
+    pub(crate) fn reset_device(&self, state: &mut State) {
+        self.close(state);
+        self.interrupts_off(state);
+        if self.health.usable() {
+            self.reset_hardware(state);
+        }
+        // Every field is named, so that a new one cannot be forgotten.
+        let State { table, asleep, mode: _, intx: _, mappings: _ } = state;
+        // `mode`, `intx`: off by interrupts_off. `mappings`: the guest's are gone by close; the host's stay good over a reset.
+        table.reset();
+        *asleep = false;
+        self.msi.iter().chain(&self.msix).for_each(|vectors| vectors.state.reset());
+        if self.health.usable() {
+            self.open();
+        }
+    }
+
+    fn reset_hardware(&self, state: &mut State) {
+        if let Some(power) = self.features.power.filter(|_| state.asleep) {
+            // A function in D3hot need not take a reset.
+            self.wake(state, power.control);
+        }
+        if let Err(error) = self.host.set_bus_master(false) {
+            // The reset ends what did not end by itself.
+            self.report("it does not stop its DMA", &error);
+        }
+        if self.health.usable()
+            && let Err(error) = self.host.reset()
+        {
+            self.health.note(&error);
+            self.health.lose(Loss::Broken(format!("it cannot be reset ({error})")));
+        }
+        if self.health.usable() {
+            self.verify();
+        }
+        if self.health.usable() {
+            self.decode();
+        }
+    }
+
+    /// Whether it is still the device it was, down to its capabilities.
+    fn verify(&self) {
+        for (offset, mask, expected) in &self.fingerprint {
+            match self.host.config_read(*offset, Width::B4) {
+                Ok(value) if value & mask == *expected => {}
+                Ok(value) => {
+                    let why = format!(
+                        "after a reset its config space at {offset:#x} holds {:#x}, not {expected:#x}",
+                        value & mask
+                    );
+                    return self.health.lose(Loss::Broken(why));
+                }
+                Err(error) => {
+                    self.health.note(&error);
+                    return self
+                        .health
+                        .lose(Loss::Broken(format!("after a reset it cannot be read ({error})")));
+                }
+            }
+        }
+    }
+
+    /// The hardware decodes its BARs from here on.
+    fn decode(&self) {
+        let real = self.host.config_read(COMMAND, Width::B2);
+        let memory = u32::from(COMMAND_MEMORY);
+        let written = real.and_then(|real| match real & memory {
+            0 => self.host.config_write(COMMAND, Width::B2, real | memory),
+            _ => Ok(()),
+        });
+        if let Err(error) = written {
+            self.report("its memory decoding cannot be turned on", &error);
+        }
+    }
+
+    /// Nobody reaches the device's memory: not the guest by itself, not a trapped access; those under way have ended.
+    fn close(&self, state: &mut State) {
+        *self.reachable.write().unwrap_or_else(|e| e.into_inner()) = false;
+        state.mappings.hide_all(&*self.wiring.mapper);
+    }
+
+    fn open(&self) {
+        *self.reachable.write().unwrap_or_else(|e| e.into_inner()) = true;
+    }
+
+    /// Takes the device from the guest for good, after it was lost: what was mapped is trapped from here on, and reads all-ones.
+    ///
+    /// Called by whoever watches [`Function::lost`]; again does nothing.
+    pub fn withdraw(&self) {
+        let mut state = self.lock();
+        self.health.lose(Loss::Gone);
+        self.close(&mut state);
+        state.mappings.forget(&*self.wiring.mapper);
+        state.intx = None;
+        self.msi.iter().chain(&self.msix).for_each(|vectors| vectors.state.reset());
+    }
+
+    pub(crate) fn report(&self, what: &str, error: &Error) {
+        self.health.note(error);
+        if self.health.usable() {
+            warn_limited!("{}: {what}: {error}", self.name);
+        }
+    }
+}

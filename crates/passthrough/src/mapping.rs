@@ -1,0 +1,98 @@
+//! The parts of BARs that the guest reaches without an exit.
+
+use crate::config::GRANULE;
+use crate::{GuestMapper, config::Bar};
+use outboard_bus::warn_limited;
+use outboard_host_pci::{HostFunction, MappedBar};
+use outboard_pci::BAR_COUNT;
+use std::sync::Arc;
+
+/// A piece of a BAR in this process.
+#[derive(Clone, Default)]
+enum Piece {
+    #[default]
+    Untried,
+    /// The host does not map it: it is trapped.
+    Trapped,
+    Mapped(Arc<dyn MappedBar>),
+}
+
+/// A piece in the guest.
+struct Shown {
+    ipa: u64,
+    bar: Arc<dyn MappedBar>,
+}
+
+/// What is mapped of a function's BARs.
+#[derive(Default)]
+pub(crate) struct Mappings {
+    /// Kept while the guest moves its BARs and turns decoding on and off.
+    host: [Vec<Piece>; BAR_COUNT],
+    guest: [Vec<Shown>; BAR_COUNT],
+    /// What could not be taken out of the guest: kept for good, since the guest may still reach it.
+    stuck: Vec<Arc<dyn MappedBar>>,
+}
+
+impl Mappings {
+    /// Shows BAR `index` at `ipa`, as far as that goes; the MMIO bus has the rest.
+    pub(crate) fn show(
+        &mut self,
+        host: &dyn HostFunction,
+        mapper: &dyn GuestMapper,
+        (index, bar): (usize, &Bar),
+        ipa: u64,
+    ) {
+        self.hide(mapper, index);
+        // A BAR is aligned to its size, so this only happens to one that is smaller and has no pieces anyway.
+        if !ipa.is_multiple_of(GRANULE) {
+            return;
+        }
+        self.host[index].resize_with(bar.pieces.len(), Piece::default);
+        for (range, piece) in bar.pieces.iter().zip(&mut self.host[index]) {
+            if matches!(piece, Piece::Untried) {
+                *piece = match host.map_bar(index, range.start, range.end - range.start) {
+                    Ok(mapped) => Piece::Mapped(mapped),
+                    Err(error) => {
+                        tracing::warn!(
+                            "{}: {error}; the guest's accesses to it are slow",
+                            host.identity().address
+                        );
+                        Piece::Trapped
+                    }
+                };
+            }
+            let Piece::Mapped(mapped) = piece else { continue };
+            let ipa = ipa + range.start;
+            match mapper.map(ipa, Arc::clone(mapped)) {
+                Ok(()) => self.guest[index].push(Shown { ipa, bar: Arc::clone(mapped) }),
+                Err(error) => warn_limited!(
+                    "{}: BAR {index} cannot be mapped at {ipa:#x}: {error}; the guest's accesses to it are slow",
+                    host.identity().address
+                ),
+            }
+        }
+    }
+
+    /// Takes BAR `index` out of the guest.
+    pub(crate) fn hide(&mut self, mapper: &dyn GuestMapper, index: usize) {
+        for Shown { ipa, bar } in self.guest[index].drain(..) {
+            if let Err(error) = mapper.unmap(ipa, bar.len()) {
+                tracing::error!(
+                    "BAR {index} at {ipa:#x} could not be taken from the guest: {error}; it stays mapped"
+                );
+                self.stuck.push(bar);
+            }
+        }
+    }
+
+    /// Takes all BARs out of the guest.
+    pub(crate) fn hide_all(&mut self, mapper: &dyn GuestMapper) {
+        (0..BAR_COUNT).for_each(|index| self.hide(mapper, index));
+    }
+
+    /// Gives up the host's mappings of a device that is gone; nothing is shown any more.
+    pub(crate) fn forget(&mut self, mapper: &dyn GuestMapper) {
+        self.hide_all(mapper);
+        self.host = Default::default();
+    }
+}

@@ -1,0 +1,120 @@
+use super::device::{FakeHost, Log, Rig};
+use outboard_bus::Width;
+use outboard_host_pci::HostBarKind;
+use std::sync::atomic::Ordering;
+
+#[test]
+fn bars_are_sized_by_the_guest() {
+    let rig = Rig::new();
+    for offset in (0x10..0x28).step_by(4) {
+        rig.set(offset, u32::MAX);
+    }
+    let sizes: Vec<u32> = (0x10..0x28).step_by(4).map(|offset| rig.dword(offset)).collect();
+    assert_eq!(sizes, [0xffff_0000, 0xffff_f000, 0xfff0_000c, u32::MAX, 0, 0], "the I/O BAR is not assigned");
+    assert_eq!(rig.mapper.ranges(), [], "decoding is off");
+}
+
+#[test]
+fn b3_b4_b10_everything_but_shared_pages_is_mapped() {
+    let rig = Rig::new();
+    rig.place();
+    // BAR0 without the page of its MSI-X table and PBA; BAR1 is smaller than a page; BAR2 whole.
+    let expected = [(0x2000_0000, 0x4000), (0x2000_8000, 0x8000), (0x80_0000_0000, 0x10_0000)];
+    assert_eq!(rig.mapper.ranges(), expected);
+    // The rest of the page still works, by traps of the right width.
+    assert_eq!(rig.bus.read(0x2000_4460, Width::B4), 0x4460, "right behind the table");
+    assert_eq!(rig.bus.read(0x2000_5010, Width::B8), 0xbabe_0000_5010, "right behind the PBA");
+    assert_eq!(rig.bus.read(0x2001_0010, Width::B2), 0x0010);
+    assert_eq!(rig.host.bar_accesses.load(Ordering::Relaxed), 3);
+    // Table and PBA are ours, to the last byte; straddling and odd accesses go nowhere.
+    rig.bus.write(0x2000_4000, Width::B8, 0x1234_5678_9abc_def0);
+    assert_eq!(rig.bus.read(0x2000_4000, Width::B8), 0x1234_5678_9abc_def0);
+    for (at, width) in [(0x4458, Width::B8), (0x445c, Width::B4)] {
+        rig.bus.write(0x2000_0000 + at, width, 0);
+        assert_eq!(rig.bus.read(0x2000_0000 + at, width), 0);
+    }
+    for (at, width) in [
+        (0x4000, Width::B1),
+        (0x4002, Width::B2),
+        (0x4001, Width::B8),
+        (0x3ffc, Width::B8),
+        (0x500e, Width::B4),
+    ] {
+        rig.bus.write(0x2000_0000 + at, width, 0);
+        assert_eq!(rig.bus.read(0x2000_0000 + at, width), width.all_ones(), "{at:#x}");
+    }
+    assert_eq!(rig.host.bar_accesses.load(Ordering::Relaxed), 3, "none of it reached the device");
+}
+
+#[test]
+fn bars_move_while_enabled_and_go_with_decoding() {
+    let rig = Rig::new();
+    rig.place();
+    rig.log.take();
+    rig.set(0x10, 0x2100_0000);
+    assert_eq!(
+        rig.log.take(),
+        [
+            "unmap 0x20000000+0x4000",
+            "unmap 0x20008000+0x8000",
+            "map 0x21000000+0x4000",
+            "map 0x21008000+0x8000"
+        ]
+    );
+    rig.write(4, Width::B2, 4);
+    assert_eq!(rig.mapper.ranges(), []);
+    assert_eq!(rig.bus.read(0x2100_0000, Width::B4), 0xffff_ffff);
+    rig.log.take();
+    rig.write(4, Width::B2, 6);
+    assert_eq!(
+        rig.log.take(),
+        ["map 0x21000000+0x4000", "map 0x21008000+0x8000", "map 0x8000000000+0x100000"]
+    );
+}
+
+/// Over RAM, over the ECAM, over each other, to zero, to the top: the mapper of the rig fails the test if anything but the windows is touched.
+#[test]
+fn b9_bars_are_mapped_only_where_the_machine_has_room_for_them() {
+    let rig = Rig::new();
+    rig.place();
+    for low in
+        [0u32, 0x0802_0000, 0x2000_0000, 0x2001_0000, 0x3ff0_0000, 0x4000_0000, 0x8000_0000, 0xffff_0000]
+    {
+        for high in [0u32, 0x40, 0x80, 0x8f, 0x90, 0x100, u32::MAX] {
+            rig.set(0x10, low);
+            rig.set(0x14, low);
+            rig.set(0x18, low);
+            rig.set(0x1c, high);
+            rig.set(0x30, low | 1);
+        }
+    }
+    rig.set(0x30, 0);
+    rig.place();
+    assert_eq!(rig.mapper.ranges().len(), 3, "and it comes back");
+}
+
+#[test]
+fn b9_resize_and_rom_writes_do_not_widen_a_bar() {
+    let rig = Rig::new();
+    rig.place();
+    rig.set(0x1a8, 0x3f22);
+    rig.set(0x18, u32::MAX);
+    assert_eq!(rig.dword(0x18), 0xfff0_000c);
+}
+
+#[test]
+fn msix_structures_in_different_bars_leave_a_page_free_each() {
+    let mut space = super::device::Space::endpoint();
+    space.put(0xb4, 0x0000).put(0xb8, 0xf_fff0 | 2);
+    let memory32 = HostBarKind::Memory32 { prefetchable: false };
+    let memory64 = HostBarKind::Memory64 { prefetchable: true };
+    let host = FakeHost::new(
+        space,
+        &[(0, memory32, 0x1_0000), (1, memory32, 0x1000), (2, memory64, 0x10_0000)],
+        &Log::default(),
+    );
+    let rig = Rig::with(host, None);
+    rig.place();
+    assert_eq!(rig.mapper.ranges(), [(0x2000_4000, 0xc000), (0x80_0000_0000, 0xf_c000)]);
+    assert_eq!(rig.bus.read(0x80_000f_fff0, Width::B8), 0, "the PBA");
+}

@@ -1,0 +1,5 @@
+mod bars;
+mod config;
+mod device;
+mod interrupts;
+mod lifecycle;
