@@ -99,6 +99,8 @@ pub fn prepare(paths: &Paths, packages: &Packages, programs: &Path, peer: bool) 
         })?;
     }
     super::formats::prepare(paths, &paths.share().join("kernels/6.12-cloud/Image"))?;
+    // A disk that nobody can open for writing: the share is read-only.
+    stamp::write_whole(&paths.share().join("kernels/6.12/frozen.raw"), &[0; 4096])?;
     for program in ["outboard", "hv-conformance"] {
         let from = programs.join(program);
         if from.is_file() {

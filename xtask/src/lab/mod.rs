@@ -200,6 +200,7 @@ pub fn run_case(
         };
     }
     let demo = name == "demo";
+    let mut parts = Counts::default();
     progress.begin(name);
     loop {
         match session.next(Duration::from_secs(case.limit_s) + GRACE)? {
@@ -216,15 +217,21 @@ pub fn run_case(
             Event::Part { name: part, outcome } => {
                 let name = format!("{name}/{part}");
                 progress.say(&result_line(&name, &outcome));
-                report.cases.push(CaseResult { name, outcome, ms: None });
+                parts.add(&outcome);
+                report.cases.push(CaseResult { name, outcome, counts: true, ms: None });
             }
             Event::Done { outcome, ms, .. } => {
                 progress.end();
                 if let (true, Outcome::Failed(reason)) = (demo, &outcome) {
                     bail!("{reason}\n{}", session.console_tail());
                 }
+                let counts = parts == Counts::default() || matches!(outcome, Outcome::Failed(_));
+                let outcome = match outcome {
+                    Outcome::Passed if parts.failed > 0 => Outcome::Failed(format!("{} parts failed", parts.failed)),
+                    other => other,
+                };
                 progress.say(&result_line(name, &outcome));
-                report.cases.push(CaseResult { name: name.into(), outcome, ms: Some(ms) });
+                report.cases.push(CaseResult { name: name.into(), outcome, counts, ms: Some(ms) });
                 return Ok(());
             }
         }
@@ -265,7 +272,8 @@ fn has_program(paths: &Paths, package: &str) -> bool {
 
 /// Whether the distribution's QEMU must be in the share: it runs the guests, or its `qemu-img` makes and checks images.
 fn needs_peer(names: &[String], vmm: Vmm) -> bool {
-    vmm == Vmm::Qemu || names.iter().any(|name| name.starts_with("disk-") || name.starts_with("bench-"))
+    let needs = |name: &String| ["disk-", "bench-", "bad-input"].iter().any(|start| name.starts_with(start));
+    vmm == Vmm::Qemu || names.iter().any(needs)
 }
 
 fn empty_logs(paths: &Paths) -> Result<()> {

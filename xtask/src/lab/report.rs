@@ -50,6 +50,9 @@ pub struct CaseResult {
     /// `passed`, `failed` or `skipped`, with the reason.
     #[serde(flatten)]
     pub outcome: Outcome,
+    /// Whether it counts by itself: not if its parts do.
+    #[serde(skip)]
+    pub counts: bool,
     /// Milliseconds; parts have none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ms: Option<u64>,
@@ -86,10 +89,10 @@ impl AddAssign for Counts {
 }
 
 impl Report {
-    /// Counts of the cases and parts.
+    /// Counts of the parts, and of the cases that have none.
     pub fn counts(&self) -> Counts {
         let mut counts = Counts::default();
-        self.cases.iter().for_each(|case| counts.add(&case.outcome));
+        self.cases.iter().filter(|case| case.counts).for_each(|case| counts.add(&case.outcome));
         counts
     }
 

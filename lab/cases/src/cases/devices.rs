@@ -1,7 +1,7 @@
 //! Entropy, and the formats a kernel may come in.
 
 use crate::case::{Case, Group};
-use crate::guest::Guest;
+use crate::guest::{Guest, wait_for};
 use crate::host::{Host, Kernel, SHARE};
 use anyhow::{Result, ensure};
 use std::fs::{self, File};
@@ -46,8 +46,11 @@ fn boots(host: &Host, format: &str) -> Result<Option<String>> {
 
 fn entropy_guest(guest: &mut Guest) -> Result<()> {
     guest.need("virtio_rng")?;
-    let current = fs::read_to_string("/sys/class/misc/hw_random/rng_current")?;
-    ensure!(current.trim().starts_with("virtio_rng"), "the kernel takes its random bytes from {current}");
+    // The driver offers itself a moment after its module is there.
+    wait_for("entropy from virtio_rng", Duration::from_secs(20), || {
+        let current = fs::read_to_string("/sys/class/misc/hw_random/rng_current").ok()?;
+        current.starts_with("virtio_rng").then_some(())
+    })?;
     let mut bytes = vec![0; 32 << 10];
     File::open("/dev/hwrng")?.read_exact(&mut bytes)?;
     // 32 KiB of random bytes: each value about 128 times. A bound that chance passes more often than 1 in 10^9.

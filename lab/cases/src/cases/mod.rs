@@ -1,23 +1,31 @@
 //! The cases, each with its two halves.
 
+mod abuse;
+mod bad_input;
 mod bench;
 mod boot;
 mod demo;
 mod devices;
 mod disk;
+mod hypervisor;
 mod net;
 mod power;
+mod vsock;
 
 use crate::case::Case;
 
 pub(crate) fn table() -> Vec<Case> {
     let groups = [
         demo::cases(),
+        hypervisor::cases(),
         boot::cases(),
-        devices::cases(),
         power::cases(),
+        devices::cases(),
         disk::cases(),
         net::cases(),
+        vsock::cases(),
+        bad_input::cases(),
+        abuse::cases(),
         bench::cases(),
     ];
     groups.into_iter().flatten().collect()

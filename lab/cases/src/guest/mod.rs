@@ -4,6 +4,8 @@ pub mod disk;
 pub mod input;
 pub mod net;
 pub mod pci;
+pub mod virtio;
+pub mod vsock;
 
 use crate::protocol::{GuestLine, MARK};
 use anyhow::{Context, Result, bail};
