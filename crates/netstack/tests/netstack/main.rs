@@ -1,6 +1,7 @@
 //! The stack as a guest and the host's programs see it.
 
 mod datagrams;
+mod frames;
 mod guest;
 mod hostile;
 mod tcp;

@@ -13,8 +13,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Connections at a time; with full buffers they take 64 MiB.
-pub const MAX_CONNECTIONS: usize = 512;
+/// Connections at a time; with full buffers they take 32 MiB.
+pub const MAX_CONNECTIONS: usize = 256;
 /// Refusals that wait for the guest to take them; further ones are left out.
 const MAX_REFUSALS: usize = 256;
 /// First port of the host's side for connections that the host starts, as Firecracker's users know it.
