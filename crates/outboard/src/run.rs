@@ -120,7 +120,14 @@ pub fn run(args: &RunArgs) -> ExitCode {
     }
 }
 
+/// Open files that a machine may need: a network's 1,024 connections, sockets of the guest, disks, events.
+const OPEN_FILES: u64 = 10_240;
+
 fn run_here(spec: &MachineSpec) -> Result<Outcome, Error> {
+    // macOS starts processes with 256. Where it cannot be raised, connections beyond the limit are refused, no more.
+    if let Err(error) = rlimit::increase_nofile_limit(OPEN_FILES) {
+        tracing::debug!("the limit on open files stays as it is: {error}");
+    }
     outboard_machine::run(spec, &*outboard_hypervisor::native()?)
 }
 
