@@ -107,6 +107,14 @@ impl ConfigSpace {
         self.dwords[usize::from(offset / 4)] = Dword { value, reset: value, writable, write_1_clear: 0 };
     }
 
+    /// Makes `bits` of the dword at `offset` ones that a guest clears by writing 1; the device sets them with [`ConfigSpace::update`].
+    ///
+    /// # Panics
+    /// If `offset` is not within the space.
+    pub fn clear_on_write(&mut self, offset: u16, bits: u32) {
+        self.dwords[usize::from(offset / 4)].write_1_clear |= bits;
+    }
+
     /// Adds memory BAR `index` of `len` bytes.
     ///
     /// # Panics

@@ -7,6 +7,7 @@
 mod access;
 mod config;
 mod function;
+mod hotplug;
 mod msix;
 mod port;
 pub mod regs;
@@ -15,6 +16,7 @@ mod root;
 pub use access::ConfigAccess;
 pub use config::{BarKind, ConfigSpace, Identity};
 pub use function::{BAR_COUNT, BarRange, Decoded, PciFunction, REGION_COUNT, ROM_BAR};
+pub use hotplug::HotPlug;
 pub use msix::{Msix, MsixLayout, VectorRoutes};
 pub use port::RootPort;
 pub use root::{AddError, Ecam, RootComplex, Windows};

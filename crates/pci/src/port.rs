@@ -1,3 +1,4 @@
+use crate::hotplug::{HotPlug, Slot, link, slot};
 use crate::regs::{self, COMMAND_MEMORY};
 use crate::{BarRange, ConfigAccess, ConfigSpace, Decoded, Identity, PciFunction};
 use outboard_bus::{AccessError, Width};
@@ -28,16 +29,34 @@ const IDENTITY: Identity = Identity {
 /// A PCIe root port: a bridge from bus 0 to one slot (type-1 header, PCIe 7.5.1.3; port type 4, 7.5.3).
 ///
 /// It forwards what lies in its two memory windows and the config accesses of its secondary bus, whose only device is
-/// number 0. No I/O window, no interrupt of its own yet (hot plug comes with it).
+/// number 0. No I/O window. A port with [`HotPlug`] sends an MSI when its slot changes.
 pub struct RootPort {
     name: String,
-    config: Mutex<ConfigSpace>,
+    state: Mutex<State>,
     pcie: u16,
 }
 
+struct State {
+    config: ConfigSpace,
+    /// The slot holds a device. Reset does not change it.
+    present: bool,
+    slot: Option<Slot>,
+}
+
 impl RootPort {
-    /// A port with an empty slot; `number` (1 to 255) is both its port number and its physical slot number.
+    /// A port with an empty slot whose device never changes while the guest runs; `number` (1 to 255) is both its port number and its
+    /// physical slot number.
     pub fn new(number: u8) -> Self {
+        Self::build(number, None)
+    }
+
+    /// A port with an empty slot for native hot plug (PCIe 6.7): attention button, power controller, indicators, presence and link
+    /// events by MSI. The guest turns the slot's power on and off.
+    pub fn with_hot_plug(number: u8, hot_plug: HotPlug) -> Self {
+        Self::build(number, Some(hot_plug))
+    }
+
+    fn build(number: u8, hot_plug: Option<HotPlug>) -> Self {
         let mut config = ConfigSpace::bridge(IDENTITY);
         config.define(BUS_NUMBERS, 0, 0x00ff_ffff);
         config.define(MEMORY_WINDOW, 0, 0xfff0_fff0);
@@ -46,26 +65,69 @@ impl RootPort {
         config.define(PREFETCH_BASE_UPPER, 0, u32::MAX);
         config.define(PREFETCH_LIMIT_UPPER, 0, u32::MAX);
         config.define(regs::INTERRUPT_LINE, 0, 0xff | BRIDGE_CONTROL_BITS);
-        let pcie = add_pcie_capability(&mut config, number);
-        Self { name: format!("root port {number}"), config: Mutex::new(config), pcie }
+        let pcie = add_pcie_capability(&mut config, number, hot_plug.is_some());
+        let slot = hot_plug.map(|hot_plug| Slot::new(hot_plug, &mut config));
+        let state = Mutex::new(State { config, present: false, slot });
+        Self { name: format!("root port {number}"), state, pcie }
     }
 
-    /// Shows in link and slot status whether the slot holds a device. Reset does not change it.
+    /// Shows in link and slot status whether the slot holds a device, and tells the guest if that is new. Reset does not change it.
     pub fn set_present(&self, present: bool) {
-        let mut config = self.lock();
-        // Data link layer link active, and presence detect state (7.5.3.8, 7.5.3.11).
-        config.update(self.pcie + 0x10, 1 << (16 + 13), u32::from(present) << (16 + 13));
-        config.update(self.pcie + 0x18, 1 << (16 + 6), u32::from(present) << (16 + 6));
+        let mut state = self.lock();
+        if state.present != present {
+            state.present = present;
+            // Presence detect changed (7.5.3.11).
+            state.config.update(self.pcie + slot::DWORD, slot::PRESENCE_CHANGED, slot::PRESENCE_CHANGED);
+        }
+        self.follow(&mut state);
+    }
+
+    /// Presses the slot's attention button: the guest takes five seconds in which a second press takes it back, then lets go of the device and
+    /// turns the slot's power off (or, for an empty slot that was filled, on). Nothing happens without [`HotPlug`].
+    pub fn press_attention_button(&self) {
+        let mut state = self.lock();
+        if state.slot.is_some() {
+            state.config.update(self.pcie + slot::DWORD, slot::BUTTON_PRESSED, slot::BUTTON_PRESSED);
+            self.follow(&mut state);
+        }
+    }
+
+    /// Whether the slot has power: the guest's choice, on after reset.
+    pub fn powered(&self) -> bool {
+        self.lock().powered(self.pcie)
+    }
+
+    /// Whether there is a device in the slot and power: nothing behind the port answers otherwise.
+    pub fn link_up(&self) -> bool {
+        let state = self.lock();
+        state.present && state.powered(self.pcie)
+    }
+
+    /// Makes link and slot status follow presence and power, and tells the guest what is new.
+    fn follow(&self, state: &mut State) {
+        let up = state.present && state.powered(self.pcie);
+        let was_up = state.config.dword(self.pcie + link::DWORD) & link::ACTIVE != 0;
+        let bit = |bit: u32, on: bool| if on { bit } else { 0 };
+        state.config.update(self.pcie + link::DWORD, link::ACTIVE, bit(link::ACTIVE, up));
+        state.config.update(self.pcie + slot::DWORD, slot::PRESENT, bit(slot::PRESENT, state.present));
+        if up != was_up {
+            state.config.update(self.pcie + slot::DWORD, slot::LINK_CHANGED, slot::LINK_CHANGED);
+        }
+        let State { config, slot, .. } = state;
+        if let Some(slot) = slot {
+            slot.notify(config, self.pcie);
+        }
     }
 
     /// The number of the bus behind the port; 0 while the guest has not given one.
     pub fn secondary_bus(&self) -> u8 {
-        (self.lock().dword(BUS_NUMBERS) >> 8) as u8
+        (self.lock().config.dword(BUS_NUMBERS) >> 8) as u8
     }
 
     /// Whether the port forwards all of `range` to its slot.
     pub fn forwards(&self, range: &BarRange) -> bool {
-        let config = self.lock();
+        let state = self.lock();
+        let config = &state.config;
         if config.command() & COMMAND_MEMORY == 0 {
             return false;
         }
@@ -81,16 +143,22 @@ impl RootPort {
 
     /// Whether the guest holds the slot in reset.
     pub fn holds_slot_in_reset(&self) -> bool {
-        self.lock().dword(regs::INTERRUPT_LINE) & SECONDARY_BUS_RESET != 0
+        self.lock().config.dword(regs::INTERRUPT_LINE) & SECONDARY_BUS_RESET != 0
     }
 
-    fn lock(&self) -> MutexGuard<'_, ConfigSpace> {
-        self.config.lock().unwrap_or_else(|e| e.into_inner())
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+impl State {
+    fn powered(&self, pcie: u16) -> bool {
+        self.config.dword(pcie + slot::DWORD) & slot::POWER_OFF == 0
     }
 }
 
 /// The PCI Express capability of a root port with a slot (PCIe 7.5.3): 8 GT/s, four lanes, 128-byte payloads.
-fn add_pcie_capability(config: &mut ConfigSpace, number: u8) -> u16 {
+fn add_pcie_capability(config: &mut ConfigSpace, number: u8, hot_plug: bool) -> u16 {
     let mut value = [0u32; 15];
     let mut writable = [0u32; 15];
     // Version 2, root port, slot implemented.
@@ -104,13 +172,20 @@ fn add_pcie_capability(config: &mut ConfigSpace, number: u8) -> u16 {
     value[4] = link << 16;
     writable[4] = 0x00cb;
     value[5] = u32::from(number) << 19;
+    if hot_plug {
+        value[5] |= slot::CAPABILITIES;
+        value[6] = slot::AFTER_RESET;
+        writable[6] = slot::WRITABLE;
+    }
     writable[7] = 0x000f;
     // Supported link speeds 2.5, 5 and 8 GT/s; target speed.
     value[11] = 0b1110;
     value[12] = 3;
     writable[12] = 0x000f;
     let bytes = |dwords: [u32; 15]| dwords.iter().flat_map(|d| d.to_le_bytes()).skip(2).collect::<Vec<_>>();
-    config.add_capability(regs::CAP_ID_PCIE, &bytes(value), &bytes(writable))
+    let at = config.add_capability(regs::CAP_ID_PCIE, &bytes(value), &bytes(writable));
+    config.clear_on_write(at + slot::DWORD, slot::EVENTS);
+    at
 }
 
 impl PciFunction for RootPort {
@@ -119,11 +194,23 @@ impl PciFunction for RootPort {
     }
 
     fn config_read(&self, access: ConfigAccess) -> u32 {
-        self.lock().read(access)
+        self.lock().config.read(access)
     }
 
     fn config_write(&self, access: ConfigAccess, value: u32) {
-        self.lock().write(access, value);
+        let mut state = self.lock();
+        let had_power = state.powered(self.pcie);
+        state.config.write(access, value);
+        let State { config, slot, .. } = &mut *state;
+        let control = self.pcie + slot::DWORD;
+        if let Some(slot) = slot.as_ref().filter(|_| access.covers(control) || access.covers(control + 1)) {
+            // Every write of slot control is a command (7.5.3.10); these take no time.
+            config.update(control, slot::COMMAND_COMPLETED, slot::COMMAND_COMPLETED);
+            if had_power != (config.dword(control) & slot::POWER_OFF == 0) {
+                slot.power_changed();
+            }
+        }
+        self.follow(&mut state);
     }
 
     fn decoded(&self) -> Decoded {
@@ -139,12 +226,10 @@ impl PciFunction for RootPort {
     }
 
     fn reset(&self) {
-        let present = {
-            let mut config = self.lock();
-            let present = config.dword(self.pcie + 0x18) & 1 << (16 + 6) != 0;
-            config.reset();
-            present
-        };
-        self.set_present(present);
+        let mut state = self.lock();
+        state.config.reset();
+        self.follow(&mut state);
+        // Nothing has changed for a guest that starts now.
+        state.config.update(self.pcie + slot::DWORD, slot::EVENTS, 0);
     }
 }

@@ -26,3 +26,5 @@ pub const CAP_ID_PCIE: u8 = 0x10;
 pub const CAP_ID_MSIX: u8 = 0x11;
 /// Capability ID of vendor-specific capabilities.
 pub const CAP_ID_VENDOR: u8 = 0x09;
+/// Capability ID of MSI.
+pub(crate) const CAP_ID_MSI: u8 = 0x05;

@@ -125,6 +125,32 @@ impl RootComplex {
         Ok(())
     }
 
+    /// Takes everything out of the slot of the root port with device number `port`, its BARs first, and shows the slot as empty. Returns
+    /// the functions that were there.
+    ///
+    /// # Errors
+    /// [`AddError::NoSuchAddress`], [`AddError::NotAPort`].
+    pub fn remove_behind(&self, port: u8) -> Result<Vec<Arc<dyn PciFunction>>, AddError> {
+        let devfn = devfn(port, 0)?;
+        let mut topology = self.lock();
+        let root_port = find(&topology, Bus::Root, devfn).and_then(|node| node.port.clone());
+        let root_port = root_port.ok_or(AddError::NotAPort { device: port })?;
+        let bus = self.bus.upgrade();
+        let mut removed = Vec::new();
+        topology.retain_mut(|node| {
+            let stays = node.bus != Bus::Behind(devfn);
+            if !stays {
+                node.unmap_all(bus.as_deref());
+                removed.push(Arc::clone(&node.function));
+            }
+            stays
+        });
+        self.follow_bars(&mut topology);
+        drop(topology);
+        root_port.set_present(false);
+        Ok(removed)
+    }
+
     fn add_node(
         &self,
         bus: Bus,
@@ -207,7 +233,9 @@ impl RootComplex {
             Bus::Behind(devfn) => find(topology, Bus::Root, devfn).and_then(|n| n.port.as_deref()),
         };
         node.function.decoded().map(|bar| {
-            bar.filter(|range| self.windows.contains(range) && port.is_none_or(|port| port.forwards(range)))
+            bar.filter(|range| {
+                self.windows.contains(range) && port.is_none_or(|port| port.link_up() && port.forwards(range))
+            })
         })
     }
 
@@ -219,6 +247,17 @@ impl RootComplex {
 impl Node {
     fn new(bus: Bus, devfn: u8, function: Arc<dyn PciFunction>) -> Self {
         Self { bus, devfn, function, port: None, mapped: Default::default(), refused: Default::default() }
+    }
+
+    fn unmap_all(&mut self, bus: Option<&MmioBus>) {
+        for (bar, mapped) in self.mapped.iter_mut().enumerate() {
+            if let Some(old) = mapped.take() {
+                self.function.bar_mapped(bar, None);
+                bus.iter().for_each(|bus| {
+                    bus.remove(old.address);
+                });
+            }
+        }
     }
 
     fn map(&mut self, bus: &MmioBus, bar: usize, range: BarRange) {
@@ -261,7 +300,9 @@ fn route(topology: &[Node], bus: u8, devfn: u8) -> Option<&Node> {
         return find(topology, Bus::Root, devfn);
     }
     let port = topology.iter().find(|n| n.port.as_ref().is_some_and(|port| port.secondary_bus() == bus))?;
+    // Without a link there is no answer.
     find(topology, Bus::Behind(port.devfn), devfn)
+        .filter(|_| port.port.as_ref().is_some_and(|port| port.link_up()))
 }
 
 /// The enhanced configuration access mechanism (PCIe 7.2.2): 1 MiB of config space for each bus.
