@@ -4,7 +4,7 @@ use super::rig::{Bench, CODE, Context, Outcome, Stop, fail, hung_at};
 use crate::{Exit, Kick, Vcpu, Vm};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
-use std::sync::{Arc, Barrier, Mutex};
+use std::sync::{Arc, Barrier, Condvar, Mutex, MutexGuard};
 use std::thread::{Scope, ScopedJoinHandle};
 use std::time::Duration;
 
@@ -32,8 +32,27 @@ struct Shared<'a> {
     kickers: Mutex<Vec<(u32, Arc<dyn Kick>)>>,
     /// Nobody runs before everybody is bound: on a Mac the set of vCPUs is fixed once one has run.
     bound: Barrier,
-    /// Held by whoever pauses the crew: a kicked vCPU waits for it before it runs on.
-    gate: Mutex<()>,
+    gate: Mutex<Gate>,
+    opened: Condvar,
+}
+
+/// Where kicked vCPUs wait while the crew is paused.
+#[derive(Clone, Copy, Default)]
+struct Gate {
+    closed: bool,
+    /// Goes up with each opening, so that a vCPU which is slow to leave is not held by the next pause as well.
+    openings: u64,
+}
+
+/// The crew's pause: it ends with this.
+pub struct Pause<'a>(&'a Mutex<Gate>, &'a Condvar);
+
+impl Drop for Pause<'_> {
+    fn drop(&mut self) {
+        let mut gate = self.0.lock().unwrap_or_else(|e| e.into_inner());
+        *gate = Gate { closed: false, openings: gate.openings + 1 };
+        self.1.notify_all();
+    }
 }
 
 /// The threads of a VM, which run until [`Crew::stop`] or drop.
@@ -52,7 +71,8 @@ impl<'scope, 'a: 'scope> Crew<'scope, 'a> {
             stop: AtomicBool::new(false),
             kickers: Mutex::default(),
             bound: Barrier::new(vcpus as usize + 1),
-            gate: Mutex::new(()),
+            gate: Mutex::default(),
+            opened: Condvar::new(),
         });
         let (sender, events) = mpsc::channel();
         let threads = (0..vcpus)
@@ -81,9 +101,9 @@ impl<'scope, 'a: 'scope> Crew<'scope, 'a> {
         }
     }
 
-    /// Whether nothing happens for `time`.
-    pub fn is_quiet(&self, time: Duration) -> bool {
-        self.events.recv_timeout(time).is_err()
+    /// The next event, if one comes within `time`.
+    pub fn next_within(&self, time: Duration) -> Option<Event> {
+        self.events.recv_timeout(time).ok()
     }
 
     /// The next store, by whichever vCPU: its index, address and value.
@@ -102,9 +122,10 @@ impl<'scope, 'a: 'scope> Crew<'scope, 'a> {
         }
     }
 
-    /// Holds every vCPU at its next kick until the guard is dropped.
-    pub fn close_gate(&self) -> std::sync::MutexGuard<'_, ()> {
-        self.shared.gate.lock().unwrap_or_else(|e| e.into_inner())
+    /// Holds every vCPU from its next kick on until the result is dropped.
+    pub fn pause(&self) -> Pause<'_> {
+        self.shared.gate().closed = true;
+        Pause(&self.shared.gate, &self.shared.opened)
     }
 
     /// Stops and joins the threads.
@@ -137,8 +158,12 @@ impl Drop for Crew<'_, '_> {
 }
 
 impl Shared<'_> {
-    fn kickers(&self) -> std::sync::MutexGuard<'_, Vec<(u32, Arc<dyn Kick>)>> {
+    fn kickers(&self) -> MutexGuard<'_, Vec<(u32, Arc<dyn Kick>)>> {
         self.kickers.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    fn gate(&self) -> MutexGuard<'_, Gate> {
+        self.gate.lock().unwrap_or_else(|e| e.into_inner())
     }
 
     fn thread(&self, index: u32, sender: &Sender<Event>) {
@@ -160,7 +185,10 @@ impl Shared<'_> {
             vcpu.set_boot_state(CODE, 0).map_err(|e| e.to_string())?;
         }
         loop {
-            let event = match vcpu.run().map_err(|e| e.to_string())? {
+            let exit = vcpu.run().map_err(|e| e.to_string())?;
+            // Before the case learns of it, which may open the gate then.
+            let gate = *self.gate();
+            let event = match exit {
                 Exit::Kicked if self.context.hung() => return Err(hung_at(&*vcpu)),
                 Exit::Kicked if self.stop.load(Ordering::SeqCst) => return Ok(()),
                 Exit::Kicked => Event::Kicked(index),
@@ -174,8 +202,9 @@ impl Shared<'_> {
             if sender.send(event).is_err() {
                 return Ok(());
             }
-            if kicked {
-                drop(self.gate.lock());
+            if kicked && gate.closed {
+                let left = self.opened.wait_while(self.gate(), |now| now.openings == gate.openings);
+                drop(left.unwrap_or_else(|e| e.into_inner()));
             }
         }
     }

@@ -7,6 +7,7 @@ use crate::conformance::rig::{Bench, Context, MMIO, Outcome, expect, fail};
 use crate::conformance::{Case, case, slow_case};
 use crate::{Exit, Register};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 pub const CASES: &[Case] = &[
     case("kick-before-run", before_run),
@@ -155,12 +156,12 @@ fn pauses(context: &Context, program: fn(&mut Asm)) -> Outcome {
         let crew = Crew::start(scope, &bench, 2)?;
         let kickers = [crew.kicker(0)?, crew.kicker(1)?];
         for _ in 0..KICKS {
-            let gate = crew.close_gate();
+            let pause = crew.pause();
             kickers.iter().for_each(|k| k.kick());
             let mut seen = [crew.next()?, crew.next()?];
             seen.sort_by_key(|e| matches!(e, Event::Kicked(1)));
             expect("both vCPUs stopped", seen, [Event::Kicked(0), Event::Kicked(1)])?;
-            drop(gate);
+            drop(pause);
         }
         crew.stop()
     })
@@ -235,13 +236,11 @@ fn storm(context: &Context) -> Outcome {
                     kickers.spawn(|| (0..KICKS / ROUNDS / 4).for_each(|_| kicker.kick()));
                 }
             });
-            // At least one came; whatever was answered already is taken away, so that the next one is a new one.
-            loop {
-                let event = crew.next()?;
+            // At least one came; all that were answered are taken away, so that the next one is a new one.
+            let event = crew.next()?;
+            expect("event", event, Event::Kicked(0))?;
+            while let Some(event) = crew.next_within(Duration::from_millis(20)) {
                 expect("event", event, Event::Kicked(0))?;
-                if crew.is_quiet(std::time::Duration::from_millis(20)) {
-                    break;
-                }
             }
             kicker.kick();
             let event = crew.next()?;
