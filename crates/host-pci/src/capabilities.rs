@@ -8,6 +8,8 @@ pub(crate) type ReadDword<'a> = &'a dyn Fn(u16) -> Result<u32>;
 
 /// PCI Express capability (PCIe 7.5.3).
 pub(crate) const PCIE: u8 = 0x10;
+/// MSI capability (PCIe 7.7.1).
+pub(crate) const MSI: u8 = 0x05;
 /// MSI-X capability (PCIe 7.7.2).
 pub(crate) const MSIX: u8 = 0x11;
 
@@ -97,10 +99,10 @@ mod tests {
         config[6] = 0x10;
         config[0x34] = 0x50;
         config[0x50..0x52].copy_from_slice(&[1, 0x60]);
-        // 1,025 vectors: the table at 0x7ff8 of BAR 3 ends in the third page, the pending bits are in BAR 0.
+        // 1,025 vectors: the table at 0x7ff8 of BAR 3 ends in the fourth page, the pending bits are in BAR 0.
         config[0x60..0x6c].copy_from_slice(&[0x11, 0, 0, 4, 0xfb, 0x7f, 0, 0, 0, 0x40, 0, 0]);
         let pages = msix_pages(&reader(&config)).unwrap();
-        assert_eq!(pages[3], vec_of(0x4000..0xc000));
+        assert_eq!(pages[3], vec_of(0x4000..0x10000));
         assert_eq!(pages[0], vec_of(0x4000..0x8000));
         assert!([1, 2, 4, 5].iter().all(|b| pages[*b].is_empty()));
     }

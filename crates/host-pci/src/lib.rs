@@ -9,6 +9,7 @@ pub mod conformance;
 mod error;
 mod fingerprint;
 pub mod host;
+pub mod simulated;
 #[cfg(target_os = "linux")]
 pub mod vfio;
 
@@ -109,7 +110,8 @@ impl InterruptCounts {
     }
 }
 
-/// Takes the interrupts of a function. Called from any thread of the back end, never blocks.
+/// Takes the interrupts of a function. Called from any thread of the back end, never blocks: above all not on a lock that somebody holds
+/// while calling the function, as turning interrupts off waits for calls under way here.
 pub trait InterruptSink: Send + Sync {
     /// Vector `vector` fired. An interrupt of a vector that the guest masks is latched here, not lost.
     fn raise(&self, vector: u16);

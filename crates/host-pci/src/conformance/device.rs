@@ -18,7 +18,7 @@ pub(super) const CASES: &[Case] = &[
 ];
 
 /// Reads a dword of a mapping.
-pub(super) fn peek(mapped: &dyn MappedBar, offset: u64) -> u32 {
+pub(crate) fn peek(mapped: &dyn MappedBar, offset: u64) -> u32 {
     assert!(offset.is_multiple_of(4) && offset + 4 <= mapped.len());
     // SAFETY: in bounds and aligned, just checked; the mapping lives; volatile, as it is a register.
     unsafe { mapped.host().as_ptr().add(offset as usize).cast::<u32>().read_volatile() }

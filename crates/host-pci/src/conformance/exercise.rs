@@ -1,5 +1,6 @@
 //! How devices that the suite knows are told to interrupt and to do DMA.
 
+use crate::simulated::registers;
 use crate::{BusAddress, FunctionIdentity, HostFunction, InterruptKind, Result};
 use outboard_bus::Width;
 use std::time::{Duration, Instant};
@@ -29,6 +30,7 @@ pub trait Exerciser {
 pub fn exerciser_for(id: &FunctionIdentity) -> Option<Box<dyn Exerciser>> {
     match (id.vendor, id.device) {
         (0x1234, 0x11e8) => Some(Box::new(Edu)),
+        registers::IDS => Some(Box::new(Simulated)),
         (0x8086, 0x10d3) => Some(Box::new(E1000e)),
         _ => None,
     }
@@ -83,11 +85,41 @@ impl Exerciser for E1000e {
     }
 
     fn acknowledge(&self, f: &dyn HostFunction) -> Result<()> {
-        f.bar_read(0, 0xc0, Width::B4).map(drop)
+        // Interrupt causes: written bits are taken back.
+        f.bar_write(0, 0xc0, Width::B4, 0xffff_ffff)
     }
 
     fn copy(&self, _: &dyn HostFunction, _: BusAddress, _: BusAddress, _: u32) -> Result<Option<()>> {
         Ok(None)
+    }
+}
+
+/// The simulated endpoint.
+struct Simulated;
+
+impl Simulated {
+    fn command(f: &dyn HostFunction, command: u32) -> Result<()> {
+        f.bar_write(0, registers::COMMAND, Width::B4, command.into())?;
+        wait_until(|| Ok(f.bar_read(0, registers::COMMAND, Width::B4)? == 0)).map(drop)
+    }
+}
+
+impl Exerciser for Simulated {
+    fn fire(&self, f: &dyn HostFunction, kind: InterruptKind, vector: u16) -> Result<bool> {
+        f.bar_write(0, registers::VECTOR, Width::B4, vector.into())?;
+        Self::command(f, if kind == InterruptKind::Intx { registers::RAISE } else { registers::FIRE })?;
+        Ok(true)
+    }
+
+    fn acknowledge(&self, f: &dyn HostFunction) -> Result<()> {
+        Self::command(f, registers::LOWER)
+    }
+
+    fn copy(&self, f: &dyn HostFunction, from: BusAddress, to: BusAddress, len: u32) -> Result<Option<()>> {
+        f.bar_write(0, registers::FROM, Width::B8, from.0)?;
+        f.bar_write(0, registers::TO, Width::B8, to.0)?;
+        f.bar_write(0, registers::LEN, Width::B4, len.into())?;
+        Self::command(f, registers::COPY).map(Some)
     }
 }
 

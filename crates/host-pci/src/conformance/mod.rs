@@ -10,6 +10,8 @@ mod function;
 mod interrupts;
 mod memory;
 
+#[cfg(test)]
+pub(crate) use device::peek;
 pub use exercise::{Exerciser, exerciser_for};
 
 use crate::{DmaDomain, HostFunction};
