@@ -228,7 +228,19 @@ pub trait InterruptController: Send + Sync {
     /// [`Error::Unsupported`] unless [`Capabilities::kernel_events`]; [`Error::NoSuchInterrupt`]; [`Error::Host`].
     fn bind_interrupt(&self, intid: u32, event: BorrowedFd<'_>) -> Result<()>;
 
-    /// Undoes [`InterruptController::bind_interrupt`].
+    /// Lets the kernel drive level-triggered SPI `intid`: a signal of `trigger` asserts it until the guest's end of interrupt, which
+    /// releases it and signals `resample`. Several may share one line.
+    ///
+    /// # Errors
+    /// As [`InterruptController::bind_interrupt`].
+    fn bind_level_interrupt(
+        &self,
+        intid: u32,
+        trigger: BorrowedFd<'_>,
+        resample: BorrowedFd<'_>,
+    ) -> Result<()>;
+
+    /// Undoes [`InterruptController::bind_interrupt`] or, with its trigger, [`InterruptController::bind_level_interrupt`].
     ///
     /// # Errors
     /// As [`InterruptController::bind_interrupt`].

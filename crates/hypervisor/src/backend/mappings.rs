@@ -83,6 +83,14 @@ impl<T> Mappings<T> {
             .ok_or(Error::NotMapped { ipa, len })
     }
 
+    /// The mapping that holds all of `ipa..ipa + len`, and how far into it `ipa` is.
+    pub fn find(&self, ipa: u64, len: u64) -> Option<(&T, u64)> {
+        let (start, range) = self.ranges.range(..=ipa).next_back()?;
+        let offset = ipa - start;
+        let whole = offset.checked_add(len).is_some_and(|end| end <= range.len);
+        range.mapping.as_ref().filter(|_| whole).map(|mapping| (mapping, offset))
+    }
+
     /// Forgets the mapping that starts at `ipa`, if there is one.
     pub fn remove(&mut self, ipa: u64) -> Option<T> {
         self.ranges.get(&ipa)?.mapping.as_ref()?;
@@ -150,6 +158,21 @@ mod tests {
         assert_eq!(m.remove(4 * G), Some(7));
         assert_eq!(m.remove(4 * G), None);
         m.check(5 * G, 0, G).unwrap();
+    }
+
+    #[test]
+    fn finds_what_lies_within_one_mapping() {
+        let mut m = with_one();
+        m.insert(8 * G, G, 8);
+        m.reserve(&[(9 * G, G)]).unwrap();
+        assert_eq!(m.find(4 * G, 8), Some((&7, 0)));
+        assert_eq!(m.find(8 * G - 8, 8), Some((&7, 4 * G - 8)));
+        assert_eq!(m.find(8 * G - 4, 8), None, "straddles two");
+        assert_eq!(m.find(8 * G, G), Some((&8, 0)));
+        for ipa in [0, 4 * G - 1, 9 * G, 10 * G, u64::MAX] {
+            assert_eq!(m.find(ipa, 1), None, "{ipa:#x}");
+        }
+        assert_eq!(m.find(4 * G, u64::MAX), None);
     }
 
     #[test]

@@ -14,6 +14,10 @@ impl SysReg {
     pub const MPIDR_EL1: Self = Self(3, 0, 0, 0, 5);
     pub const SCTLR_EL1: Self = Self(3, 0, 1, 0, 0);
     pub const CPACR_EL1: Self = Self(3, 0, 1, 0, 2);
+    pub const TTBR0_EL1: Self = Self(3, 0, 2, 0, 0);
+    pub const TTBR1_EL1: Self = Self(3, 0, 2, 0, 1);
+    pub const TCR_EL1: Self = Self(3, 0, 2, 0, 2);
+    pub const MAIR_EL1: Self = Self(3, 0, 10, 2, 0);
     pub const ELR_EL1: Self = Self(3, 0, 4, 0, 1);
     pub const CURRENT_EL: Self = Self(3, 0, 4, 2, 2);
     pub const ICC_PMR_EL1: Self = Self(3, 0, 4, 6, 0);
@@ -57,7 +61,7 @@ pub struct Label(usize);
 enum Fixup {
     /// 26 bits of words at bit 0: B.
     Imm26,
-    /// 19 bits of words at bit 5: CBZ, CBNZ, B.cond.
+    /// 19 bits of words at bit 5: CBZ, CBNZ, and ADR, whose two bits of bytes stay zero.
     Imm19,
 }
 
@@ -315,6 +319,12 @@ impl Asm {
         self.word(0xd61f_0000 | r(rn) << 5)
     }
 
+    /// `ADR Xd, label`.
+    pub fn adr(&mut self, rd: u8, label: Label) -> &mut Self {
+        self.fixups.push((self.words.len(), label, Fixup::Imm19));
+        self.word(0x1000_0000 | r(rd))
+    }
+
     /// `B label`.
     pub fn b(&mut self, label: Label) -> &mut Self {
         self.fixups.push((self.words.len(), label, Fixup::Imm26));
@@ -430,10 +440,10 @@ mod tests {
         let end = a.label();
         a.b(start).cbz(1, start).cbnz(1, end).word(0xd503_201f);
         a.place(end);
-        a.b(start);
-        assert_eq!(a.pc(), 0x4000_0014);
+        a.b(start).adr(3, end);
+        assert_eq!(a.pc(), 0x4000_0018);
         let (base, words) = a.finish();
         assert_eq!(base, 0x4000_0000);
-        assert_eq!(words, [0x1400_0000, 0xb4ff_ffe1, 0xb500_0041, 0xd503_201f, 0x17ff_fffc]);
+        assert_eq!(words, [0x1400_0000, 0xb4ff_ffe1, 0xb500_0041, 0xd503_201f, 0x17ff_fffc, 0x10ff_ffe3]);
     }
 }

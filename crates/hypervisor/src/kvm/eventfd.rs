@@ -5,8 +5,8 @@
 #![allow(unsafe_code)] // UNSAFETY: ioctl(2) on the VM's descriptor.
 
 use kvm_bindings::{
-    KVM_IRQFD_FLAG_DEASSIGN, kvm_ioeventfd, kvm_ioeventfd_flag_nr_datamatch, kvm_ioeventfd_flag_nr_deassign,
-    kvm_irqfd,
+    KVM_IRQFD_FLAG_DEASSIGN, KVM_IRQFD_FLAG_RESAMPLE, kvm_ioeventfd, kvm_ioeventfd_flag_nr_datamatch,
+    kvm_ioeventfd_flag_nr_deassign, kvm_irqfd,
 };
 use kvm_ioctls::VmFd;
 use std::io;
@@ -48,10 +48,22 @@ pub fn ioeventfd(vm: &VmFd, doorbell: &Doorbell, event: BorrowedFd<'_>, bind: bo
     call(vm, KVM_IOEVENTFD, &request)
 }
 
-/// Binds (or with `false` unbinds) `event` to interrupt `gsi` of the VM.
-pub fn irqfd(vm: &VmFd, gsi: u32, event: BorrowedFd<'_>, bind: bool) -> io::Result<()> {
-    let flags = if bind { 0 } else { KVM_IRQFD_FLAG_DEASSIGN };
-    let request = kvm_irqfd { fd: event.as_raw_fd() as u32, gsi, flags, ..Default::default() };
+/// Binds (or with `false` unbinds) `event` to interrupt `gsi` of the VM. With `resample` the interrupt is level-triggered: a signal asserts
+/// it until the guest's end of interrupt, which releases it and signals `resample`.
+pub fn irqfd(
+    vm: &VmFd,
+    gsi: u32,
+    event: BorrowedFd<'_>,
+    resample: Option<BorrowedFd<'_>>,
+    bind: bool,
+) -> io::Result<()> {
+    let mut request = kvm_irqfd { fd: event.as_raw_fd() as u32, gsi, ..Default::default() };
+    if !bind {
+        request.flags |= KVM_IRQFD_FLAG_DEASSIGN;
+    } else if let Some(resample) = resample {
+        request.flags |= KVM_IRQFD_FLAG_RESAMPLE;
+        request.resamplefd = resample.as_raw_fd() as u32;
+    }
     call(vm, KVM_IRQFD, &request)
 }
 

@@ -53,11 +53,17 @@ pub struct KvmGic {
 }
 
 impl KvmGic {
-    fn bind(&self, intid: u32, event: BorrowedFd<'_>, bind: bool) -> Result<()> {
+    fn bind(
+        &self,
+        intid: u32,
+        event: BorrowedFd<'_>,
+        resample: Option<BorrowedFd<'_>>,
+        bind: bool,
+    ) -> Result<()> {
         if !self.config.msi_intids.contains(&intid) {
             check_spi(&self.config, intid)?;
         }
-        eventfd::irqfd(&self.vm.fd, intid - FIRST_SPI, event, bind)
+        eventfd::irqfd(&self.vm.fd, intid - FIRST_SPI, event, resample, bind)
             .map_err(|source| Error::Host { call: format!("KVM_IRQFD for interrupt {intid}"), source })
     }
 }
@@ -74,10 +80,20 @@ impl InterruptController for KvmGic {
     }
 
     fn bind_interrupt(&self, intid: u32, event: BorrowedFd<'_>) -> Result<()> {
-        self.bind(intid, event, true)
+        self.bind(intid, event, None, true)
     }
 
     fn unbind_interrupt(&self, intid: u32, event: BorrowedFd<'_>) -> Result<()> {
-        self.bind(intid, event, false)
+        self.bind(intid, event, None, false)
+    }
+
+    fn bind_level_interrupt(
+        &self,
+        intid: u32,
+        trigger: BorrowedFd<'_>,
+        resample: BorrowedFd<'_>,
+    ) -> Result<()> {
+        check_spi(&self.config, intid)?;
+        self.bind(intid, trigger, Some(resample), true)
     }
 }

@@ -7,6 +7,7 @@ mod eventfd;
 mod gic;
 mod kick;
 mod regs;
+mod signed;
 mod vcpu;
 mod vm;
 

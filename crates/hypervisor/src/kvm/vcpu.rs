@@ -3,6 +3,7 @@
 #![allow(unsafe_code)] // UNSAFETY: fields of `kvm_run`, a structure with a union shared with the kernel.
 
 use super::kick::Binding;
+use super::signed::LastFetch;
 use super::vm::VmShared;
 use super::{failed, gic, regs, unsupported};
 use crate::backend::MsiFrame;
@@ -18,6 +19,9 @@ use std::sync::Arc;
 
 /// PSTATE of the boot protocol: EL1h with D, A, I and F masked (Arm DDI 0487, C5.2.19 SPSR_EL1).
 const BOOT_PSTATE: u64 = 0x3c5;
+
+/// Register 31 of a load: none.
+const XZR: u8 = 31;
 
 /// Makes vCPU `index` in its reset state: vCPU 0 on, the others off until PSCI CPU_ON. No optional CPU feature (SVE,
 /// PMU, pointer authentication) is asked for: guests see what every back end can give.
@@ -70,6 +74,9 @@ pub struct KvmVcpu {
     index: u32,
     frame: MsiFrame,
     pending: Pending,
+    /// A register that KVM will leave wrong when it finishes the last access, and its right value.
+    correction: Option<(u8, u64)>,
+    last_fetch: LastFetch,
     vm: Arc<VmShared>,
     /// Bound to its thread: neither `Send` nor `Sync`.
     _thread: PhantomData<*mut ()>,
@@ -83,8 +90,18 @@ impl KvmVcpu {
         // SAFETY: the mapping lives as long as `fd`, which this vCPU drops after the binding.
         match unsafe { Binding::new(immediate_exit) } {
             Ok(binding) => {
-                let (pending, _thread) = (Pending::Nothing, PhantomData);
-                Ok(Self { binding, fd, index, frame, pending, vm, _thread })
+                let (pending, correction, last_fetch) = (Pending::Nothing, None, LastFetch::default());
+                Ok(Self {
+                    binding,
+                    fd,
+                    index,
+                    frame,
+                    pending,
+                    correction,
+                    last_fetch,
+                    vm,
+                    _thread: PhantomData,
+                })
             }
             Err(error) => {
                 *slot = Some(fd);
@@ -164,6 +181,16 @@ impl KvmVcpu {
         }
     }
 
+    /// Lets KVM finish the last access, then puts right what it leaves wrong.
+    fn finish_corrected(&mut self, rt: u8, value: u64) -> Result<()> {
+        self.binding.set_immediate_exit(true);
+        let Raw::Interrupted = self.enter()? else {
+            return self.fail("the guest ran, although only an access was to be finished".into());
+        };
+        self.pending = Pending::Nothing;
+        self.set_register(Register::X(rt), value)
+    }
+
     fn check_width(&self, ipa: u64, len: usize) -> Result<u8> {
         match len {
             1 | 2 | 4 | 8 => Ok(len as u8),
@@ -188,6 +215,9 @@ impl Vcpu for KvmVcpu {
 
     fn run(&mut self) -> Result<Exit> {
         assert!(!matches!(self.pending, Pending::Answer(_)), "run() before complete_read()");
+        if let Some((rt, value)) = self.correction.take() {
+            self.finish_corrected(rt, value)?;
+        }
         loop {
             // This order is what keeps a kick from getting lost; see `kick`.
             self.binding.set_immediate_exit(false);
@@ -209,9 +239,15 @@ impl Vcpu for KvmVcpu {
 
     fn complete_read(&mut self, value: u64) {
         let Pending::Answer(len) = self.pending else { panic!("complete_read() without a read") };
+        // Only a value with its sign bit set is extended in another way than with zeros.
+        if len < 8 && value >> (8 * len - 1) & 1 == 1 {
+            let load =
+                self.last_fetch.signed_load(&self.fd, &self.vm, len as u8).filter(|load| load.rt != XZR);
+            self.correction = load.map(|load| (load.rt, load.extend(value)));
+        }
         // SAFETY: the last exit was KVM_EXIT_MMIO, to which this member of the union belongs; every bit pattern is valid.
         let mmio = unsafe { &mut self.fd.get_kvm_run().__bindgen_anon_1.mmio };
-        // KVM takes the bytes as they would be in memory and extends the sign itself.
+        // KVM takes the bytes as they would be in memory.
         mmio.data[..len].copy_from_slice(&value.to_le_bytes()[..len]);
         self.pending = Pending::Completion;
     }

@@ -1,6 +1,6 @@
 //! A KVM virtual machine: its memory, doorbells and the order in which its parts come to be.
 
-#![allow(unsafe_code)] // UNSAFETY: KVM_SET_USER_MEMORY_REGION takes a pointer to host memory.
+#![allow(unsafe_code)] // UNSAFETY: KVM_SET_USER_MEMORY_REGION takes a pointer to host memory, which is read here as well.
 
 use super::eventfd::{self, Doorbell};
 use super::gic::{self, KvmGic};
@@ -14,7 +14,7 @@ use kvm_bindings::{
 use kvm_ioctls::{VcpuFd, VmFd};
 use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 /// The process's one VM: a Mac has no second, so neither has KVM here.
@@ -52,10 +52,33 @@ pub struct VmShared {
     _only: OnlyVm,
 }
 
-/// Guest memory, by KVM's slot numbers.
+/// A mapping: its slot at KVM and the host's side of it.
+struct Mapping {
+    slot: u32,
+    host: u64,
+    kind: MemoryKind,
+}
+
+/// Guest memory.
 struct Memory {
-    mappings: Mappings<u32>,
+    mappings: Mappings<Mapping>,
     slots: Slots,
+}
+
+impl VmShared {
+    /// The naturally aligned word of guest memory at `ipa`; `None` where no RAM is.
+    pub fn read_ram(&self, ipa: u64) -> Option<u32> {
+        // Held while the memory is read, so that it cannot be unmapped meanwhile.
+        let memory = lock(&self.memory);
+        let (mapping, offset) = memory.mappings.find(ipa, 4).filter(|_| ipa.is_multiple_of(4))?;
+        if mapping.kind != MemoryKind::Ram {
+            return None;
+        }
+        let word = (mapping.host + offset) as *mut u32;
+        // SAFETY: within a mapping whose memory its caller keeps while it is mapped; aligned, as both parts are; atomic,
+        // since the guest may write there.
+        Some(unsafe { AtomicU32::from_ptr(word) }.load(Ordering::Relaxed))
+    }
 }
 
 /// The trait's view of a VM.
@@ -128,9 +151,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Vm for KvmVm {
     // KVM decides about execute permission itself: never on memory that the host maps as a device's (a VFIO BAR), always
-    // on ordinary memory. No flag of a slot says otherwise, so `kind` changes nothing here; the capability
+    // on ordinary memory. No flag of a slot says otherwise, so KVM is not told of `kind`; the capability
     // `enforces_device_no_execute` is false for that reason.
-    unsafe fn map(&self, ipa: u64, host: NonNull<u8>, len: u64, _kind: MemoryKind) -> Result<()> {
+    unsafe fn map(&self, ipa: u64, host: NonNull<u8>, len: u64, kind: MemoryKind) -> Result<()> {
         let host = host.as_ptr() as u64;
         let mut memory = lock(&self.0.memory);
         memory.mappings.check(ipa, host, len)?;
@@ -142,13 +165,13 @@ impl Vm for KvmVm {
             memory.slots.give_back(slot);
             return Err(error);
         }
-        memory.mappings.insert(ipa, len, slot);
+        memory.mappings.insert(ipa, len, Mapping { slot, host, kind });
         Ok(())
     }
 
     fn unmap(&self, ipa: u64, len: u64) -> Result<()> {
         let mut memory = lock(&self.0.memory);
-        let slot = *memory.mappings.exact(ipa, len)?;
+        let slot = memory.mappings.exact(ipa, len)?.slot;
         // Returns when the stage-2 entries and every CPU's TLB entries for them are gone.
         self.set_region(slot, ipa, 0, 0)?;
         memory.mappings.remove(ipa);

@@ -1,15 +1,17 @@
 //! Loads and stores where nothing is mapped.
 
-use crate::conformance::asm::{Asm, Extend, XZR};
+use crate::conformance::asm::{Asm, Extend, SysReg, XZR};
 use crate::conformance::guest::{self, report, start};
-use crate::conformance::rig::{Bench, Context, Cpu, MMIO, Outcome, expect, fail};
+use crate::conformance::rig::{Bench, Context, Cpu, MMIO, Outcome, RAM, expect, fail};
 use crate::conformance::{Case, case};
 use crate::{Exit, Register};
+use std::sync::atomic::Ordering;
 
 pub const CASES: &[Case] = &[
     case("load-zero-extended", |c| loads(c, Extend::Zero, &[1, 2, 4, 8])),
     case("load-sign-extended-to-32", |c| loads(c, Extend::Sign32, &[1, 2])),
     case("load-sign-extended-to-64", |c| loads(c, Extend::Sign64, &[1, 2, 4])),
+    case("load-sign-extended-with-mmu", signed_with_mmu),
     case("load-to-xzr", load_to_xzr),
     case("store", stores),
     case("store-from-xzr", store_from_xzr),
@@ -68,6 +70,56 @@ fn loads(context: &Context, extend: Extend, widths: &[u8]) -> Outcome {
             let want = extended(value, *width, extend);
             cpu.expect_report(format!("{width} bytes of {value:#x} as the guest sees them"), want)?;
             expect("the same from outside", cpu.x(1)?, want)?;
+        }
+    }
+    Ok(())
+}
+
+/// The same with the guest's MMU on, since a back end may have to look at the instruction: in the lower and the upper
+/// half of the address space, each load three times.
+fn signed_with_mmu(context: &Context) -> Outcome {
+    /// Start of the upper half with 39 address bits.
+    const UPPER: u64 = 0xffff_ff80_0000_0000;
+    const TABLE: u64 = RAM + 0xc000;
+    let bench = Bench::new(context, 1)?;
+    // One level-1 table for both halves, with blocks of 1 GiB (Arm DDI 0487, D8.3): devices, not executable, then
+    // memory. Attributes 0 and 1 of MAIR; access flag, bit 10.
+    bench.ram.cell(TABLE - RAM).store(3 << 53 | 1 << 10 | 1, Ordering::SeqCst);
+    bench.ram.cell(TABLE - RAM + 8).store(RAM | 1 << 10 | 1 << 2 | 1, Ordering::SeqCst);
+    let mut a = start();
+    a.mov(1, 0x44 << 8).msr(SysReg::MAIR_EL1, 1);
+    // 36-bit IPAs, 4 KiB granules (TG1 = 2), 39 bits of address in each half.
+    a.mov(1, 1 << 32 | 2 << 30 | 25 << 16 | 25).msr(SysReg::TCR_EL1, 1);
+    a.mov(1, TABLE).msr(SysReg::TTBR0_EL1, 1).msr(SysReg::TTBR1_EL1, 1).dsb().isb();
+    a.mrs(1, SysReg::SCTLR_EL1).mov(2, 1).orr(1, 1, 2).msr(SysReg::SCTLR_EL1, 1).isb();
+    a.mov(TARGET, MMIO);
+    let top = a.here();
+    let loads = [(1, Extend::Sign32), (2, Extend::Sign64), (4, Extend::Sign64), (4, Extend::Zero)];
+    for (width, extend) in loads {
+        a.mov(6, 3);
+        let again = a.here();
+        a.mov(1, u64::MAX).load(width, extend, 1, TARGET, 8);
+        report(&mut a, 1);
+        a.sub(6, 6, 1).cbnz(6, again);
+    }
+    // Then everything once more at the other half's address of the same code.
+    a.mov(TARGET, UPPER | MMIO).mov(1, UPPER);
+    // `B` keeps to its half, so the upper one's copy of it is where the jump goes.
+    let after = a.label();
+    a.adr(2, after).orr(1, 1, 2).br(1);
+    a.place(after);
+    a.b(top);
+    bench.load(guest::vectors());
+    bench.load(a);
+    let mut cpu = bench.boot_cpu()?;
+    for half in ["lower", "upper"] {
+        for (width, extend) in loads {
+            for time in 1..=3 {
+                expect_read(&mut cpu, MMIO + 8, width)?;
+                cpu.vcpu.complete_read(VALUES[0]);
+                let want = extended(VALUES[0], width, extend);
+                cpu.expect_report(format!("{half} half, {width} bytes, {extend:?}, time {time}"), want)?;
+            }
         }
     }
     Ok(())
