@@ -1,8 +1,10 @@
 //! Check and build: from a [`MachineSpec`] to a machine that is ready to run.
 
 use crate::console::ConsolePump;
-use crate::devices::{Functions, Host, KernelDoorbells, open_disks};
+use crate::devices::{DeviceKind, Functions, Host, KernelDoorbells, open_disks};
+use crate::intx::IntxLines;
 use crate::memory::{self, Ram};
+use crate::passthrough::{Connections, GuestSlot};
 use crate::run::{EventSender, MachineEvent};
 use crate::vcpus::{Entry, Reporter, Vcpus};
 use crate::{ConsoleTarget, Error, MachineSpec};
@@ -18,6 +20,8 @@ use outboard_virtio::block::Disk;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+/// Device numbers on bus 0 beside the host bridge.
+const PCI_SLOTS: usize = 31;
 /// arm64 Linux takes at most 2,047 bytes (COMMAND_LINE_SIZE, arch/arm64/include/uapi/asm/setup.h).
 const MAX_COMMAND_LINE: usize = 2047;
 
@@ -54,6 +58,10 @@ impl Inputs {
         if spec.console == ConsoleTarget::Stdio && spec.virtio_console == ConsoleTarget::Stdio {
             return Err(Error::TwoOnTerminal);
         }
+        let devices = DeviceKind::list(spec).len() + spec.devices.len();
+        if devices > PCI_SLOTS {
+            return Err(Error::TooManyDevices { asked: devices, most: PCI_SLOTS });
+        }
         let kernel = Kernel::open(&spec.kernel)?;
         let initrd = spec.initrd.as_deref().map(Initrd::open).transpose()?;
         Ok(Self { space, kernel, initrd, disks: open_disks(spec)? })
@@ -66,6 +74,7 @@ pub(crate) struct Machine {
     console: ConsolePump,
     root: Arc<RootComplex>,
     functions: Functions,
+    slots: Vec<GuestSlot>,
     bus: Arc<MmioBus>,
     power_key: Arc<Pl061>,
     ram: Ram,
@@ -91,10 +100,15 @@ impl Machine {
         let bus = Arc::new(MmioBus::new());
         let (uart, power_key) = add_board(&bus, &gic)?;
         let root = add_pci(&bus, space)?;
-        let msi: Arc<dyn MsiSink> = Arc::new(GicMsi(gic));
-        let binder = hypervisor.capabilities()?.kernel_events.then(|| kernel_doorbells(&vm));
-        let functions =
-            Functions::plug(std::mem::take(&mut host.devices), &root, ram.memory(), &msi, binder.as_ref())?;
+        let msi: Arc<dyn MsiSink> = Arc::new(GicMsi(gic.clone()));
+        let kernel_events = hypervisor.capabilities()?.kernel_events;
+        let binder = kernel_events.then(|| kernel_doorbells(&vm));
+        let devices = std::mem::take(&mut host.devices);
+        let first_port = devices.len() as u8 + 1;
+        let functions = Functions::plug(devices, &root, ram.memory(), &msi, binder.as_ref())?;
+        let lines = IntxLines::new(&gic);
+        let connections = Connections { vm: &vm, gic: &gic, msi: &msi, lines: &lines, kernel_events };
+        let slots = plug_slots(host, first_port, &root, &ram, &connections)?;
         tracing::debug!("devices are in place");
         let loaded = load_guest(spec, inputs, &ram)?;
         tracing::debug!("guest is loaded, kernel at {:#x}", loaded.entry);
@@ -102,7 +116,7 @@ impl Machine {
         let console = ConsolePump::start(uart, host.console.clone(), panic_watch, events.clone())?;
         let entry = Entry { pc: loaded.entry, fdt: loaded.fdt };
         let vcpus = Vcpus::start(&vm, spec.cpus, entry, &bus, &reporter(events))?;
-        Ok(Self { vcpus, console, root, functions, bus, power_key, ram })
+        Ok(Self { vcpus, console, root, functions, slots, bus, power_key, ram })
     }
 
     /// Lets the guest run.
@@ -121,7 +135,7 @@ impl Machine {
     /// First the vCPUs, so that nobody starts anything new; then the devices, which stop writing to guest memory; only then
     /// the memory is unmapped, and the VM goes with the last reference to it.
     pub(crate) fn stop(self, host: &mut Host) -> bool {
-        let Self { vcpus, console, root, functions, bus, power_key, ram } = self;
+        let Self { vcpus, console, root, functions, slots, bus, power_key, ram } = self;
         vcpus.pause();
         root.reset();
         drop(vcpus);
@@ -137,9 +151,27 @@ impl Machine {
         // Lets out what the guest printed last, the panic among it.
         drop(console);
         drop(power_key);
+        // Their functions were reset above; now guest memory leaves their DMA domains, then the VM.
+        drop(slots);
         drop(ram);
         host.panic_watch.take()
     }
+}
+
+/// The host's slots, each with all of guest RAM in its DMA domain.
+fn plug_slots(
+    host: &Host,
+    first_port: u8,
+    root: &RootComplex,
+    ram: &Ram,
+    connections: &Connections<'_>,
+) -> Result<Vec<GuestSlot>, Error> {
+    (first_port..)
+        .zip(&host.slots)
+        .map(|(device, slot)| {
+            GuestSlot::plug(slot, device, root, ram.map_for_dma(slot.domain())?, connections)
+        })
+        .collect()
 }
 
 fn kernel_doorbells(vm: &Arc<dyn Vm>) -> Arc<dyn DoorbellBinder> {

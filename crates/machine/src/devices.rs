@@ -1,6 +1,7 @@
 //! Which virtio devices a machine has, in which order, and the host's ends of them.
 
 use crate::console::{ConsoleHost, PanicWatch, VirtioEnd};
+use crate::passthrough::HostSlot;
 use crate::run::EventSender;
 use crate::{Error, MachineSpec};
 use outboard_bus::{Event, MsiSink, warn_limited};
@@ -48,6 +49,7 @@ pub(crate) struct Host {
     pub(crate) console: Arc<Mutex<ConsoleHost>>,
     pub(crate) panic_watch: Arc<PanicWatch>,
     pub(crate) devices: Devices,
+    pub(crate) slots: Vec<HostSlot>,
 }
 
 impl Host {
@@ -79,9 +81,10 @@ impl Host {
                 DeviceKind::Entropy => Box::new(Entropy::new()),
             });
         }
+        let slots = spec.devices.iter().map(|s| HostSlot::open(*s)).collect::<Result<_, _>>()?;
         // The terminal last: nothing that fails after it leaves it raw for long.
         let console = Arc::new(Mutex::new(ConsoleHost::open(&spec.console)?));
-        Ok(Self { console, panic_watch, devices })
+        Ok(Self { console, panic_watch, devices, slots })
     }
 }
 

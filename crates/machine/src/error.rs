@@ -64,13 +64,32 @@ pub enum Error {
     /// The socket device.
     #[error(transparent)]
     Vsock(#[from] outboard_virtio::vsock::VsockError),
+    /// A device of the host cannot be given to the guest.
+    #[error(transparent)]
+    Device(#[from] outboard_host_pci::host::Refusal),
+    /// A device of the host cannot be used.
+    #[error(transparent)]
+    HostPci(outboard_host_pci::Error),
+    /// A device of the host is not what a guest could have.
+    #[error(transparent)]
+    Passthrough(#[from] outboard_passthrough::Error),
     /// Two consoles on one terminal.
     #[error(
         "both consoles are to use the terminal; give --console or --virtio-console a file or a socket, or none"
     )]
     TwoOnTerminal,
-    /// No PCI slot is left.
-    #[error("{0}; the machine has 31 PCI slots, give fewer devices")]
+    /// More devices than PCI slots.
+    #[error(
+        "{asked} PCI devices (disks, networks and the like): the machine has room for {most}, give fewer"
+    )]
+    TooManyDevices {
+        /// Asked for.
+        asked: usize,
+        /// Possible.
+        most: usize,
+    },
+    /// Two functions at one PCI address of our own choice.
+    #[error("{0}; this is a bug in Outboard, please report it")]
     Slot(#[from] outboard_pci::AddError),
     /// A thread, an event or a signal handler could not be made.
     #[error("starting a thread: {0}; raise the limits on processes and open files (ulimit -u, ulimit -n)")]

@@ -3,6 +3,7 @@
 #![allow(unsafe_code)] // UNSAFETY: mmap(2) with an alignment has no wrapper; the VM takes a raw pointer to it.
 
 use crate::Error;
+use outboard_host_pci::{BusAddress, DmaDomain};
 use outboard_hypervisor::{GRANULE, MemoryKind, Vm};
 use outboard_platform::GuestMemory;
 use std::io;
@@ -19,8 +20,12 @@ pub(crate) struct Ram {
     /// `None` only while being dropped.
     memory: Option<GuestMemory>,
     range: Range<u64>,
+    host: NonNull<u8>,
     vm: Arc<dyn Vm>,
 }
+
+// SAFETY: `host` is only an address; what is there is reached through vm-memory, which may be shared between threads.
+unsafe impl Send for Ram {}
 
 impl Ram {
     /// Allocates RAM of the size of `range` and maps it into `vm` there.
@@ -36,12 +41,45 @@ impl Ram {
             free(memory, range);
             return Err(error.into());
         }
-        Ok(Self { memory: Some(memory), range: range.clone(), vm: vm.clone() })
+        Ok(Self { memory: Some(memory), range: range.clone(), host, vm: vm.clone() })
     }
 
     /// The RAM as devices and loaders see it.
     pub(crate) fn memory(&self) -> &GuestMemory {
         self.memory.as_ref().expect("taken only in drop")
+    }
+}
+
+/// Guest RAM in a device's DMA domain, one to one. Dropping it takes it out again: the device's functions have given it up before.
+pub(crate) struct DmaMapping {
+    domain: Arc<dyn DmaDomain>,
+    address: BusAddress,
+    len: u64,
+    /// The memory outlives its mapping.
+    memory: Option<GuestMemory>,
+}
+
+impl Ram {
+    /// Lets the devices of `domain` reach all of guest RAM.
+    ///
+    /// # Errors
+    /// [`Error::HostPci`]: the memory cannot be pinned, or its addresses are reserved.
+    pub(crate) fn map_for_dma(&self, domain: &Arc<dyn DmaDomain>) -> Result<DmaMapping, Error> {
+        let len = self.range.end - self.range.start;
+        // SAFETY: the mapping holds on to the memory until it is out of the domain.
+        let address = unsafe { domain.map(self.host, len, self.range.start) }.map_err(Error::HostPci)?;
+        Ok(DmaMapping { domain: domain.clone(), address, len, memory: self.memory.clone() })
+    }
+}
+
+impl Drop for DmaMapping {
+    fn drop(&mut self) {
+        if let Err(error) = self.domain.unmap(self.address, self.len) {
+            tracing::error!(
+                "guest memory could not be taken out of the device's reach: {error}; it stays allocated"
+            );
+            std::mem::forget(self.memory.take());
+        }
     }
 }
 

@@ -54,6 +54,10 @@ impl fmt::Display for Plan<'_> {
                 DeviceKind::Entropy => writeln!(f, "entropy")?,
             }
         }
+        let first_port = DeviceKind::list(spec).len() + 1;
+        for (slot, device) in (first_port..).zip(&spec.devices) {
+            writeln!(f, "  00:{slot:02x}.0  root port with the host's {device}")?;
+        }
         writeln!(f, "address space ({} bits)", inputs.space.ipa_bits)?;
         for (name, start, end) in [
             ("GIC distributor", layout::GIC_DISTRIBUTOR, layout::GIC_DISTRIBUTOR + 0x1_0000),

@@ -1,4 +1,5 @@
 use crate::ConsoleTarget;
+use outboard_host_pci::Selection;
 use outboard_hypervisor::VcpuOptions;
 use outboard_netstack::NetOptions;
 use outboard_virtio::block::{DiskFormat, DiskOptions};
@@ -29,6 +30,8 @@ pub struct MachineSpec {
     pub nets: Vec<NetOptions>,
     /// Sockets between host and guest.
     pub vsock: Option<VsockSpec>,
+    /// Slots or functions of the host to give to the guest.
+    pub devices: Vec<Selection>,
     /// End the process when the guest reboots.
     pub no_reboot: bool,
     /// For every vCPU.

@@ -1,4 +1,5 @@
 use clap::Args;
+use outboard_host_pci::Selection;
 use outboard_hypervisor::{Capabilities, ThreadPriority, VcpuOptions};
 use outboard_machine::{
     ConsoleTarget, DiskSpec, EXIT_KILLED, Error, Inputs, MachineSpec, Outcome, Plan, VsockSpec,
@@ -59,6 +60,11 @@ pub struct RunArgs {
     #[arg(long, value_name = "[cid=N,]socket=PATH")]
     vsock: Option<VsockSpec>,
 
+    /// Device of the host to give to the guest: a slot with all its functions (01:00) or one function (01:00.0); may be
+    /// given several times. `outboard devices` lists what there is.
+    #[arg(long = "device", value_name = "BUS:DEVICE[.FUNCTION]")]
+    devices: Vec<Selection>,
+
     /// Do not use the terminal: without --console, the guest's console goes nowhere.
     #[arg(long)]
     headless: bool,
@@ -95,6 +101,7 @@ impl RunArgs {
             disks: self.disks.clone(),
             nets: self.nets.clone(),
             vsock: self.vsock.clone(),
+            devices: self.devices.clone(),
             no_reboot: self.no_reboot,
             vcpu: VcpuOptions { tso: self.tso, priority },
         }

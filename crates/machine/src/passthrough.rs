@@ -1,0 +1,170 @@
+//! Devices of the host in the guest: what `crates/passthrough` needs of the machine, and the slots of one VM.
+
+#![allow(unsafe_code)] // UNSAFETY: BARs are mapped into the VM from raw addresses.
+
+use crate::Error;
+use crate::intx::IntxLines;
+use crate::memory::DmaMapping;
+use outboard_bus::{Event, MsiMessage, MsiSink};
+use outboard_host_pci::host::Refusal;
+use outboard_host_pci::{DmaDomain, HostFunction, MappedBar, Selection};
+use outboard_hypervisor::{InterruptController, MemoryKind, Vm};
+use outboard_passthrough::{Function, GuestMapper, IntxWiring, VectorBinder, Wiring, WiringError};
+use outboard_pci::{RootComplex, RootPort};
+use outboard_platform::layout;
+use std::collections::BTreeMap;
+use std::os::fd::AsFd;
+use std::sync::{Arc, Mutex};
+
+/// INTERRUPT_PIN in a function's config space: 1 for INTA to 4 for INTD, 0 for none.
+const INTERRUPT_PIN: u16 = 0x3d;
+
+/// The functions of a slot of the host, open for this process; stays open while the guest reboots.
+pub(crate) struct HostSlot {
+    selection: Selection,
+    functions: Vec<Arc<dyn HostFunction>>,
+    domain: Arc<dyn DmaDomain>,
+}
+
+impl HostSlot {
+    /// Opens what `selection` means.
+    ///
+    /// # Errors
+    /// [`Refusal`]: why it cannot be given to a guest, and what to do.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn open(selection: Selection) -> Result<Self, Refusal> {
+        use outboard_host_pci::host::Host;
+        use outboard_host_pci::vfio::DmaPolicy;
+        let opened = Host::this()?.open_slot(selection, DmaPolicy::Identity)?;
+        Ok(Self { selection, functions: opened.functions, domain: opened.domain })
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    pub(crate) fn open(_: Selection) -> Result<Self, Refusal> {
+        Err(Refusal::NotYet)
+    }
+
+    pub(crate) fn domain(&self) -> &Arc<dyn DmaDomain> {
+        &self.domain
+    }
+}
+
+/// What every slot of a VM is connected to.
+pub(crate) struct Connections<'a> {
+    pub(crate) vm: &'a Arc<dyn Vm>,
+    pub(crate) gic: &'a Arc<dyn InterruptController>,
+    pub(crate) msi: &'a Arc<dyn MsiSink>,
+    pub(crate) lines: &'a IntxLines,
+    pub(crate) kernel_events: bool,
+}
+
+/// A slot of the VM with the host's functions in it.
+///
+/// Field order is drop order: the functions have given up the device before guest memory is taken out of its domain.
+pub(crate) struct GuestSlot {
+    _functions: Vec<Arc<Function>>,
+    _memory: DmaMapping,
+}
+
+impl GuestSlot {
+    /// Puts the functions of `slot` behind a new root port with device number `device` on bus 0, numbered as on the host.
+    ///
+    /// # Errors
+    /// [`Error::Passthrough`], [`Error::Slot`].
+    pub(crate) fn plug(
+        slot: &HostSlot,
+        device: u8,
+        root: &RootComplex,
+        memory: DmaMapping,
+        connections: &Connections<'_>,
+    ) -> Result<Self, Error> {
+        root.add_port(device, Arc::new(RootPort::new(device)))?;
+        let mapper = Arc::new(Mapper { vm: connections.vm.clone(), bars: Mutex::default() });
+        let vectors = connections
+            .kernel_events
+            .then(|| Arc::new(Vectors(connections.gic.clone())) as Arc<dyn VectorBinder>);
+        let mut functions = Vec::new();
+        for host in &slot.functions {
+            let wiring = Wiring {
+                mapper: mapper.clone(),
+                msi: connections.msi.clone(),
+                vectors: vectors.clone(),
+                intx: wire_pin(&**host, device, connections)?,
+            };
+            let function = Arc::new(Function::new(host.clone(), wiring)?);
+            root.add_behind(device, host.identity().address.function, function.clone())?;
+            functions.push(function);
+        }
+        tracing::info!("{} is in the guest, behind root port 00:{device:02x}.0", slot.selection);
+        Ok(Self { _functions: functions, _memory: memory })
+    }
+}
+
+/// The line of the function's pin: pins of device 0 behind a root port are swizzled once, by the port's device number.
+fn wire_pin(
+    host: &dyn HostFunction,
+    device: u8,
+    connections: &Connections<'_>,
+) -> Result<Option<IntxWiring>, Error> {
+    let pin = match host.config_read(INTERRUPT_PIN, outboard_bus::Width::B1).map_err(Error::HostPci)? {
+        pin @ 1..=4 => pin - 1,
+        _ => return Ok(None),
+    };
+    let line = (u32::from(device) + pin) % 4;
+    let kernel = connections.kernel_events.then(|| connections.lines.kernel(line));
+    Ok(Some(IntxWiring { line: connections.lines.share(line), kernel }))
+}
+
+/// Shows BARs to the guest.
+struct Mapper {
+    vm: Arc<dyn Vm>,
+    /// What is mapped, by guest address: kept until it is out of the guest.
+    bars: Mutex<BTreeMap<u64, Arc<dyn MappedBar>>>,
+}
+
+impl GuestMapper for Mapper {
+    fn map(&self, ipa: u64, bar: Arc<dyn MappedBar>) -> Result<(), WiringError> {
+        let mut bars = self.bars.lock().unwrap_or_else(|e| e.into_inner());
+        // SAFETY: `bar` keeps the memory mapped, and is kept until `unmap` has taken it out of the guest.
+        unsafe { self.vm.map(ipa, bar.host(), bar.len(), MemoryKind::Device) }?;
+        bars.insert(ipa, bar);
+        Ok(())
+    }
+
+    fn unmap(&self, ipa: u64, len: u64) -> Result<(), WiringError> {
+        let mut bars = self.bars.lock().unwrap_or_else(|e| e.into_inner());
+        self.vm.unmap(ipa, len)?;
+        bars.remove(&ipa);
+        Ok(())
+    }
+}
+
+impl Drop for Mapper {
+    fn drop(&mut self) {
+        let bars = std::mem::take(self.bars.get_mut().unwrap_or_else(|e| e.into_inner()));
+        for (ipa, bar) in bars {
+            if let Err(error) = self.vm.unmap(ipa, bar.len()) {
+                tracing::error!("a BAR could not be taken out of the guest: {error}; it stays mapped");
+                std::mem::forget(bar);
+            }
+        }
+    }
+}
+
+/// Lets the kernel carry MSIs of the device.
+struct Vectors(Arc<dyn InterruptController>);
+
+impl VectorBinder for Vectors {
+    fn bind(&self, message: MsiMessage, event: &Event) -> Result<(), WiringError> {
+        if message.address != layout::MSI_FRAME + outboard_hypervisor::MSI_DOORBELL {
+            return Err(format!("{:#x} is not the address of the MSI frame", message.address).into());
+        }
+        Ok(self.0.bind_interrupt(message.data, event.as_fd())?)
+    }
+
+    fn unbind(&self, message: MsiMessage, event: &Event) {
+        if let Err(error) = self.0.unbind_interrupt(message.data, event.as_fd()) {
+            outboard_bus::warn_limited!("interrupt {}: {error}", message.data);
+        }
+    }
+}
