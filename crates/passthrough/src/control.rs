@@ -150,11 +150,11 @@ impl Function {
             // The reset ends what did not end by itself.
             self.report("it does not stop its DMA", &error);
         }
-        if self.health.usable()
-            && let Err(error) = self.host.reset()
-        {
-            self.health.note(&error);
-            self.health.lose(Loss::Broken(format!("it cannot be reset ({error})")));
+        match self.host.reset().map_err(|error| (self.health.note(&error), error).1) {
+            Ok(()) => {}
+            // Said when it was opened, and not again for each boot of the guest. Its DMA has ended, its interrupts are off.
+            Err(Error::NoReset(_)) => tracing::debug!("{} has no reset", self.name),
+            Err(error) => self.health.lose(Loss::Broken(format!("it cannot be reset ({error})"))),
         }
         if self.health.usable() {
             self.verify();
@@ -209,16 +209,24 @@ impl Function {
         *self.reachable.write().unwrap_or_else(|e| e.into_inner()) = true;
     }
 
-    /// Takes the device from the guest for good, after it was lost: what was mapped is trapped from here on, and reads all-ones.
+    /// Takes the device from the guest for good, after it was lost or asked back: what was mapped is trapped from here on, and reads
+    /// all-ones. A device that is still there is quiet when this returns, as far as it lets itself be.
     ///
-    /// Called by whoever watches [`Function::lost`]; again does nothing.
+    /// Called by whoever watches [`Function::lost`] and [`Function::removal`], as [`crate::Slot`] does; again does nothing.
     pub fn withdraw(&self) {
         let mut state = self.lock();
+        let first = self.health.usable();
         self.health.lose(Loss::Gone);
         self.close(&mut state);
         state.mappings.forget(&*self.wiring.mapper);
-        state.intx = None;
+        self.interrupts_off(&mut state);
         self.msi.iter().chain(&self.msix).for_each(|vectors| vectors.state.reset());
+        match self.host.set_bus_master(false) {
+            Err(error) if first && !matches!(error, Error::Gone(_)) => {
+                tracing::error!("{}: its DMA may go on until it is reset: {error}", self.name);
+            }
+            _ => {}
+        }
     }
 
     pub(crate) fn report(&self, what: &str, error: &Error) {

@@ -15,12 +15,14 @@ mod health;
 mod interrupts;
 mod intx;
 mod mapping;
+mod slot;
 mod vectors;
 mod wiring;
 
 pub use error::Error;
 pub use function::Function;
 pub use health::Loss;
+pub use slot::{Slot, SlotListener, Vacated};
 pub use wiring::{GuestMapper, IntxWiring, LevelBinder, VectorBinder, Wiring, WiringError};
 
 #[cfg(test)]

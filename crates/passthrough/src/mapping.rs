@@ -1,9 +1,8 @@
 //! The parts of BARs that the guest reaches without an exit.
 
-use crate::config::GRANULE;
 use crate::{GuestMapper, config::Bar};
 use outboard_bus::warn_limited;
-use outboard_host_pci::{HostFunction, MappedBar};
+use outboard_host_pci::{GRANULE, HostFunction, MappedBar};
 use outboard_pci::BAR_COUNT;
 use std::sync::Arc;
 

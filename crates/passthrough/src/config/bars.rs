@@ -2,12 +2,10 @@
 
 use super::Table;
 use super::table::{Dword, HIDDEN};
-use outboard_host_pci::{HostBar, HostBarKind};
+use outboard_host_pci::{GRANULE, HostBar, HostBarKind};
 use outboard_pci::{BAR_COUNT, BarRange, Decoded, ROM_BAR, regs};
 use std::ops::Range;
 
-/// Unit in which memory is mapped into a guest: a Mac's page, on every host.
-pub(crate) const GRANULE: u64 = 16 * 1024;
 /// Expansion ROM base address register of a type-0 header (PCIe 7.5.1.2.4).
 const ROM_REGISTER: u16 = 0x30;
 /// Smallest ROM register there is.

@@ -6,7 +6,7 @@ mod image;
 mod rules;
 mod table;
 
-pub(crate) use bars::{Bar, Bars, GRANULE};
+pub(crate) use bars::{Bar, Bars};
 pub(crate) use build::{Facts, Features, Layout, MsiShape};
 pub(crate) use image::Image;
 pub(crate) use table::Table;

@@ -72,6 +72,7 @@ pub(super) struct FakeHost {
     pristine: Mutex<Vec<u8>>,
     bars: [Option<HostBar>; 6],
     pub(super) counts: InterruptCounts,
+    pub(super) address: PciAddress,
     rom: Option<Vec<u8>>,
     pub(super) sink: Mutex<Option<Enabled>>,
     pub(super) gone: AtomicBool,
@@ -92,6 +93,7 @@ impl FakeHost {
             pristine: Mutex::new(space.0),
             bars: all,
             counts: InterruptCounts { intx: 1, msi: 32, msix: 70 },
+            address: ADDRESS,
             rom: Some((0..3000u32).map(|i| i as u8).collect()),
             sink: Mutex::default(),
             gone: AtomicBool::new(false),
@@ -133,7 +135,7 @@ impl FakeHost {
     }
 
     fn alive(&self) -> Result<()> {
-        if self.gone.load(Ordering::SeqCst) { Err(Error::Gone(ADDRESS)) } else { Ok(()) }
+        if self.gone.load(Ordering::SeqCst) { Err(Error::Gone(self.address)) } else { Ok(()) }
     }
 
     pub(super) fn raise(&self, vector: u16) {
@@ -176,7 +178,7 @@ impl Drop for Memory {
 impl HostFunction for FakeHost {
     fn identity(&self) -> FunctionIdentity {
         FunctionIdentity {
-            address: ADDRESS,
+            address: self.address,
             vendor: 0x10de,
             device: 0x2b85,
             class: 0x03_0000,
@@ -255,7 +257,7 @@ impl HostFunction for FakeHost {
         self.alive()?;
         self.log.push("reset".into());
         if self.reset_fails.load(Ordering::SeqCst) {
-            return Err(Error::ResetFailed { address: ADDRESS, why: "it stays silent".into() });
+            return Err(Error::ResetFailed { address: self.address, why: "it stays silent".into() });
         }
         *self.space.lock().unwrap() = self.pristine.lock().unwrap().clone();
         Ok(())
@@ -417,6 +419,11 @@ impl Rig {
         rig.set_up_port();
         rig.log.take();
         rig
+    }
+
+    /// What a function needs of this rig.
+    pub(super) fn wiring(&self) -> Wiring {
+        self.function.wiring.clone()
     }
 
     /// Bus 1 behind the port, and both windows as wide as the machine's.

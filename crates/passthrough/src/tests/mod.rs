@@ -1,5 +1,7 @@
+mod abuse;
 mod bars;
 mod config;
 mod device;
 mod interrupts;
 mod lifecycle;
+mod slot;
