@@ -6,6 +6,7 @@ use crate::paths::Paths;
 use crate::{process, stamp};
 use anyhow::{Context, Result};
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -51,17 +52,20 @@ impl Toolchain {
         println!("Using Debian's rustc-web and libstd-rust-web-dev:arm64, unpacked under target/lab");
         setup::ensure(paths, &[&CROSS_LINKER, &CROSS_LIBC], false)?;
         let root = paths.lab.join("rust-web");
-        let rustc = root.join("usr/bin/rustc");
-        stamp::once(paths, "rust-web", "1", &[&rustc], || unpack_rust(paths, &root))?;
-        let libraries = library_folders(&root);
-        let rustflags = "-Ctarget-feature=+crt-static";
+        let wrapper = root.join("rustc");
+        stamp::once(paths, "rust-web", "2", &[&wrapper], || {
+            unpack_rust(paths, &root)?;
+            write_wrapper(&root, &wrapper)
+        })?;
         Ok(Self {
             target: GNU,
             variables: vec![
-                ("RUSTC".into(), text(&rustc)?),
-                ("LD_LIBRARY_PATH".into(), libraries),
+                ("RUSTC".into(), text(&wrapper)?),
                 ("CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER".into(), CROSS_LINKER_PROGRAM.into()),
-                ("CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUSTFLAGS".into(), rustflags.into()),
+                (
+                    "CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUSTFLAGS".into(),
+                    "-Ctarget-feature=+crt-static".into(),
+                ),
             ],
         })
     }
@@ -134,14 +138,25 @@ fn unpack_rust(paths: &Paths, root: &Path) -> Result<()> {
     Ok(())
 }
 
-fn library_folders(root: &Path) -> String {
-    let mut folders = vec![root.join("usr/lib"), root.join("lib")];
+/// A script that starts the unpacked compiler with the unpacked libraries. Not by a variable of the environment: the
+/// compiler would hand that on to the linker, which is the machine's own and wants the machine's own libraries.
+fn write_wrapper(root: &Path, wrapper: &Path) -> Result<()> {
+    let loaders = ["/lib64/ld-linux-x86-64.so.2", "/lib/ld-linux-aarch64.so.1"];
+    let loader =
+        loaders.iter().find(|path| Path::new(path).exists()).context("this machine has no known loader")?;
+    let mut folders = Vec::new();
     for machine in ["x86_64-linux-gnu", "aarch64-linux-gnu"] {
-        folders.push(root.join("usr/lib").join(machine));
-        folders.push(root.join("lib").join(machine));
+        folders.push(text(&root.join("usr/lib").join(machine))?);
+        folders.push(text(&root.join("lib").join(machine))?);
     }
-    let words: Vec<String> = folders.iter().map(|folder| folder.display().to_string()).collect();
-    words.join(":")
+    let usr = text(&root.join("usr"))?;
+    let script = format!(
+        "#!/bin/sh\nexec {loader} --library-path '{}' '{usr}/bin/rustc' --sysroot '{usr}' \"$@\"\n",
+        folders.join(":")
+    );
+    stamp::write_whole(wrapper, script.as_bytes())?;
+    fs::set_permissions(wrapper, fs::Permissions::from_mode(0o755))?;
+    Ok(())
 }
 
 fn text(path: &Path) -> Result<String> {

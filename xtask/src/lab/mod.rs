@@ -227,7 +227,9 @@ pub fn run_case(
                 }
                 let counts = parts == Counts::default() || matches!(outcome, Outcome::Failed(_));
                 let outcome = match outcome {
-                    Outcome::Passed if parts.failed > 0 => Outcome::Failed(format!("{} parts failed", parts.failed)),
+                    Outcome::Passed if parts.failed > 0 => {
+                        Outcome::Failed(format!("{} parts failed", parts.failed))
+                    }
                     other => other,
                 };
                 progress.say(&result_line(name, &outcome));
