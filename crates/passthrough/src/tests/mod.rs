@@ -4,4 +4,5 @@ mod config;
 mod device;
 mod interrupts;
 mod lifecycle;
+mod simulated;
 mod slot;
