@@ -29,6 +29,13 @@ impl Selection {
     }
 }
 
+impl PciAddress {
+    /// The slot it is in, with all its functions.
+    pub fn slot(self) -> Selection {
+        Selection { address: Self { function: 0, ..self }, whole_slot: true }
+    }
+}
+
 impl From<PciAddress> for Selection {
     fn from(address: PciAddress) -> Self {
         Self { address, whole_slot: false }
@@ -109,6 +116,7 @@ mod tests {
         let function: PciAddress = "0000:01:1f.7".parse().unwrap();
         let slot: Selection = "01:1f".parse().unwrap();
         assert_eq!(slot.to_string(), "0000:01:1f");
+        assert_eq!(function.slot(), slot);
         assert!(slot.contains(function) && slot.contains(PciAddress { function: 0, ..function }));
         assert!(!slot.contains(PciAddress { device: 30, ..function }));
         let one: Selection = "01:1f.7".parse().unwrap();

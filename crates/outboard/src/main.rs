@@ -1,5 +1,6 @@
 //! The `outboard` program: parse, call, print.
 
+mod devices;
 mod logging;
 mod run;
 
@@ -20,6 +21,8 @@ struct Cli {
 enum Command {
     /// Run a virtual machine in the foreground until it powers off.
     Run(Box<run::RunArgs>),
+    /// Show the host's PCI devices, and make them ready for a guest.
+    Devices(devices::DevicesArgs),
 }
 
 const EXIT_STATUS: &str = "Exit status:
@@ -35,6 +38,7 @@ fn main() -> ExitCode {
     restore_terminal_on_panic();
     let status = match cli.command {
         Command::Run(args) => run::run(&args),
+        Command::Devices(args) => devices::devices(&args),
     };
     outboard_machine::restore_terminal();
     status

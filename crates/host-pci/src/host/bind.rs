@@ -87,6 +87,10 @@ impl Host {
     /// After a failed binding: back to the host's driver as far as possible.
     fn undo(&self, address: PciAddress) {
         let function = self.function(address);
+        if function.driver_override.as_deref() != Some(VFIO_DRIVER) {
+            // It failed before anything was changed.
+            return;
+        }
         if let Err(error) = self.release_one(&function) {
             tracing::warn!("{address} could not be given back to the host's driver: {error}");
         }

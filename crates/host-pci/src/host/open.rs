@@ -23,7 +23,7 @@ impl Host {
         let functions = self.select(selection)?;
         let mut groups = vec![];
         for function in &functions {
-            groups.push(self.check_open(function, &functions)?);
+            groups.push(self.check_open(selection, function, &functions)?);
         }
         let mut distinct = groups.clone();
         distinct.sort_unstable();
@@ -40,13 +40,18 @@ impl Host {
     }
 
     /// The function's group, if nothing stands against opening it.
-    fn check_open(&self, function: &Function, with: &[Function]) -> Result<u32, Refusal> {
+    fn check_open(
+        &self,
+        selection: Selection,
+        function: &Function,
+        with: &[Function],
+    ) -> Result<u32, Refusal> {
         if let Some(obstacle) = self.obstacles(function, with).into_iter().next() {
             return Err(obstacle);
         }
         if !function.bound() {
             let driver = function.driver.clone().unwrap_or_else(|| "no driver".into());
-            return Err(Refusal::NotBound { address: function.address, driver });
+            return Err(Refusal::NotBound { selection, address: function.address, driver });
         }
         function.group.ok_or(Refusal::NoIommu(function.address))
     }

@@ -60,9 +60,11 @@ pub enum Refusal {
     NoVfio,
     /// Another driver has it.
     #[error(
-        "{address} is not bound to vfio-pci ({driver} has it): run `sudo outboard devices bind {address}`"
+        "{address} is not bound to vfio-pci ({driver} has it): run `sudo outboard devices bind {selection}`"
     )]
     NotBound {
+        /// What was asked for.
+        selection: Selection,
         /// The function.
         address: PciAddress,
         /// What has it.
