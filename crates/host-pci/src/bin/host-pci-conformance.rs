@@ -17,17 +17,22 @@ fn main() -> ExitCode {
 
 #[cfg(target_os = "linux")]
 mod linux {
+    use outboard_bus::{Width, poll_readable};
     use outboard_host_pci::conformance::{self, Subject, Verdict};
     use outboard_host_pci::host::Host;
     use outboard_host_pci::vfio::DmaPolicy;
     use outboard_host_pci::{PciAddress, Selection};
     use std::process::ExitCode;
     use std::sync::Arc;
-    use std::time::Instant;
+    use std::time::{Duration, Instant};
 
-    const USAGE: &str = "usage: host-pci-conformance BUS:DEVICE.FUNCTION [NAME]...
+    const USAGE: &str = "\
+usage: host-pci-conformance BUS:DEVICE.FUNCTION [NAME]...
+       host-pci-conformance BUS:DEVICE.FUNCTION --await-removal
 
-Runs the cases whose names contain one of the NAMEs, or all, on a function that is bound to vfio-pci.";
+Runs the cases whose names contain one of the NAMEs, or all, on a function that is bound to vfio-pci.
+
+  --await-removal   hold the function open until the host wants it back, at most a minute, then give it back";
 
     pub fn main() -> ExitCode {
         let mut arguments = std::env::args().skip(1);
@@ -36,6 +41,15 @@ Runs the cases whose names contain one of the NAMEs, or all, on a function that 
             return ExitCode::from(2);
         };
         let names: Vec<String> = arguments.collect();
+        if names == ["--await-removal"] {
+            return match await_removal(address) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => {
+                    println!("{error}");
+                    ExitCode::FAILURE
+                }
+            };
+        }
         if run(address, &names) { ExitCode::SUCCESS } else { ExitCode::FAILURE }
     }
 
@@ -66,6 +80,26 @@ Runs the cases whose names contain one of the NAMEs, or all, on a function that 
         }
         println!("{address}: {passed} passed, {skipped} skipped, {failed} failed");
         failed == 0 && passed > 0
+    }
+
+    fn await_removal(address: PciAddress) -> Result<(), String> {
+        let subject = open(address)?;
+        let function = &subject.function;
+        function.set_bus_master(true).map_err(|e| e.to_string())?;
+        println!("{address}: waiting for its removal");
+        let started = Instant::now();
+        let gone = poll_readable(&[function.removal()], Some(Duration::from_secs(60)));
+        if !gone.map_err(|e| e.to_string())?[0] {
+            return Err(format!("{address} was not removed"));
+        }
+        println!(
+            "{address}: removal after {} ms; class {:x?}",
+            started.elapsed().as_millis(),
+            function.config_read(8, Width::B4)
+        );
+        drop(subject);
+        println!("{address}: given back after {} ms", started.elapsed().as_millis());
+        Ok(())
     }
 
     /// Opens the function alone.

@@ -4,6 +4,9 @@ use super::{Host, Refusal, VFIO_DRIVER, entries, link_name, text};
 use crate::{PciAddress, QUARANTINED, Selection};
 use std::path::Path;
 
+/// Base class of host bridges, root ports and the like (PCI Code and ID Assignment, 1.7).
+const BRIDGE: u32 = 0x06;
+
 /// A PCI function of the host as sysfs describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Function {
@@ -29,7 +32,7 @@ pub struct Function {
     pub bars: Vec<BarInfo>,
     /// What `driver_override` says.
     pub driver_override: Option<String>,
-    /// It is a bridge: its config header is not that of an endpoint.
+    /// It is a bridge, by its class or because its config header is not that of an endpoint.
     pub bridge: bool,
 }
 
@@ -140,6 +143,7 @@ impl Host {
     pub(super) fn function(&self, address: PciAddress) -> Function {
         let folder = self.function_path(address);
         let number = |name: &str| hex(&text(&folder.join(name)));
+        let class = number("class") as u32;
         let told = |name: &str| Some(text(&folder.join(name))).filter(|t| !t.is_empty() && t != "(null)");
         Function {
             address,
@@ -147,13 +151,13 @@ impl Host {
             device: number("device") as u16,
             subsystem_vendor: number("subsystem_vendor") as u16,
             subsystem_device: number("subsystem_device") as u16,
-            class: number("class") as u32,
+            class,
             revision: number("revision") as u8,
             driver: link_name(&folder.join("driver")),
             group: link_name(&folder.join("iommu_group")).and_then(|name| name.parse().ok()),
             bars: bars(&text(&folder.join("resource"))),
             driver_override: told("driver_override"),
-            bridge: is_bridge(&folder),
+            bridge: class >> 16 == BRIDGE || has_bridge_header(&folder),
         }
     }
 }
@@ -181,7 +185,7 @@ fn bars(resource: &str) -> Vec<BarInfo> {
 }
 
 /// Header type at 0x0e of config space (PCIe 7.5.1.1.9): 0 is an endpoint's.
-fn is_bridge(folder: &Path) -> bool {
+fn has_bridge_header(folder: &Path) -> bool {
     use std::io::Read;
     let mut header = [0; 16];
     let read = std::fs::File::open(folder.join("config")).and_then(|mut f| f.read_exact(&mut header));

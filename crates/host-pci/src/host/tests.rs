@@ -278,7 +278,11 @@ fn a_group_with_foreign_devices_is_refused_and_one_with_bridges_is_not() {
     fake.function("0000:02:00.0", ["8086", "10d3", "020000"], "e1000e", Some(2));
     let [Refusal::GroupShared { group: 2, others, .. }] = &fake.obstacles()[..] else { panic!() };
     assert_eq!(others, "0000:02:00.0 (driver e1000e)");
-    assert!(matches!(fake.host().bind("00:01".parse().unwrap()), Err(Refusal::Bridge(_))));
+    // The host bridge has the config header of an endpoint.
+    fake.function("0000:00:00.0", ["1b36", "0008", "060000"], "", None);
+    for bridge in ["00:01", "00:00"] {
+        assert!(matches!(fake.host().bind(bridge.parse().unwrap()), Err(Refusal::Bridge(_))));
+    }
 }
 
 #[test]
