@@ -30,14 +30,15 @@ pub struct Host {
 }
 
 impl Host {
-    /// An empty DART. Its window is as large as the byte limit: fragmentation counts against a smaller one too.
+    /// An empty DART. The byte limit is one on bytes; the window in which they must find places is a Mac's, or as large
+    /// as a byte limit above that.
     ///
     /// # Errors
     /// [`ConfigError`] for limits of zero.
     pub fn new(limits: Limits) -> Result<Self, ConfigError> {
         let mac = Config::MAC;
         let whole = limits.bytes & !(outboard_dart::GRANULE - 1);
-        let last = mac.first.saturating_add(whole).saturating_sub(1);
+        let last = mac.last.max(mac.first.saturating_add(whole).saturating_sub(1));
         let config = Config { last, bytes: whole, entries: limits.entries, ..mac };
         Ok(Self { dart: Dart::new(config)?, now: 0, calls: 0, round_trips: 0, waited: 0 })
     }

@@ -17,6 +17,13 @@ const ROUNDS: u32 = 3;
 /// At least 1/8 of each budget is kept free of idle windows; see [`Planner::keep_reserve`].
 const RESERVE_SHIFT: u32 = 3;
 
+/// Windows made ahead of need are paid for with credit, in bytes: the most there is, what a byte that came to be used
+/// earns, and what a call earns. So up to seven eighths may go unused for as long as the rest saves exits, and where
+/// requests are scattered, little is tried in vain.
+const AHEAD_CREDIT: u64 = 32 << 20;
+const AHEAD_EARNS: u64 = 8;
+const AHEAD_CALL_EARNS: u64 = 1 << 10;
+
 /// One line of a batch for the host. The host works through a batch from the first line to the last, so that what is
 /// unmapped makes room for what is mapped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -87,6 +94,8 @@ pub struct Stats {
     pub maps: u64,
     /// Mappings the host took down.
     pub unmaps: u64,
+    /// Of `maps`, those made ahead of need.
+    pub ahead: u64,
     /// Windows evicted to make room, and idle windows given up because using them again would have cost too many bytes.
     pub evicted: u64,
     /// See `evicted`.
@@ -110,6 +119,11 @@ pub struct Planner<'a> {
     cursor: usize,
     seen: usize,
     refused: u32,
+    /// Whether all idle windows must go before the call goes on.
+    clear: bool,
+    /// Bytes that may be mapped ahead of need, and bytes that are and have not been used.
+    credit: u64,
+    ahead: u64,
     /// What the mappings of the batch under way will pin.
     pending: Use,
     stats: Stats,
@@ -152,6 +166,9 @@ impl<'a> Planner<'a> {
             cursor: 0,
             seen: 0,
             refused: 0,
+            clear: false,
+            credit: AHEAD_CREDIT,
+            ahead: 0,
             pending: Use::default(),
             stats: Stats::default(),
         };
@@ -171,6 +188,11 @@ impl<'a> Planner<'a> {
         self.cursor = 0;
         self.seen = 0;
         self.refused = 0;
+        self.clear = false;
+        let used = table.ahead_used.swap(0, Ordering::Relaxed);
+        let earned = used.saturating_mul(AHEAD_EARNS).saturating_add(AHEAD_CALL_EARNS);
+        self.ahead = self.ahead.saturating_sub(used);
+        self.credit = self.credit.saturating_add(earned).min(AHEAD_CREDIT);
         self.ages.collect(table, self.private);
         self.advance(table, list)
     }
@@ -186,6 +208,7 @@ impl<'a> Planner<'a> {
             None => {}
             Some(Outcome::NoSpace) if self.refused.saturating_add(1) < ROUNDS => {
                 self.refused = self.refused.saturating_add(1);
+                self.clear = self.refused.saturating_add(1) == ROUNDS;
             }
             Some(Outcome::NoSpace) => return self.fail(table, list, Failure::NoSpace),
             Some(_) => return self.fail(table, list, Failure::Host),
@@ -228,11 +251,15 @@ impl<'a> Planner<'a> {
     }
 
     fn advance(&mut self, table: &Table<'_>, list: &mut dyn List) -> Step {
+        self.hold(table, list);
+        if self.clear && !self.evict_all(table) {
+            return self.ask();
+        }
+        self.clear = false;
         for index in self.cursor..list.count() {
             if list.bus(index) == UNRESOLVED {
                 let range = list.range(index);
-                // A window made for this entry is used even if by now one of its size would not be made.
-                if let Some(bus) = table.lookup(range, index < self.seen) {
+                if let Some(bus) = table.hit(range) {
                     list.set_bus(index, bus);
                 } else {
                     match self.plan(table, range) {
@@ -242,16 +269,58 @@ impl<'a> Planner<'a> {
                     }
                 }
             }
-            if list.bus(index) != UNRESOLVED && self.cursor == index {
-                self.cursor = index.saturating_add(1);
-            }
             self.seen = self.seen.max(index.saturating_add(1));
         }
         if self.lines == 0 {
             return Step::Done;
         }
+        if self.refused == 0 {
+            self.look_ahead(table);
+        }
         self.keep_reserve(table);
         self.ask()
+    }
+
+    /// Takes references for the entries planned so far, before anything else is evicted. A window made for an entry is
+    /// used even if by now one of its size would not be made.
+    fn hold(&mut self, table: &Table<'_>, list: &mut dyn List) {
+        for index in self.cursor..self.seen {
+            if list.bus(index) == UNRESOLVED
+                && let Some(bus) = table.lookup(list.range(index), true)
+            {
+                list.set_bus(index, bus);
+            }
+            if self.cursor == index && list.bus(index) != UNRESOLVED {
+                self.cursor = index.saturating_add(1);
+            }
+        }
+    }
+
+    /// Adds to a batch that goes to the host anyway what lies around its windows, as windows of their own that nobody uses
+    /// yet: they save the next exits, and unlike larger windows can be given back as long as nobody does.
+    fn look_ahead(&mut self, table: &Table<'_>) {
+        let block = table.policy.generous_max.max(GRANULE);
+        let size = table.window_size(self.pending).min(block);
+        for index in 0..self.lines {
+            let Some(&line) = self.batch.get(index) else { return };
+            if line.unmap || line.range.len >= block {
+                continue;
+            }
+            let mut at = line.range.start & !block.wrapping_sub(1);
+            for _ in 0..block / GRANULE {
+                let rest = Range { start: at, len: size.wrapping_sub(at & size.wrapping_sub(1)) };
+                let piece = table.ram.free_prefix(rest);
+                if piece.len != 0 {
+                    if !self.room_ahead(table, piece.len) {
+                        return;
+                    }
+                    self.credit = self.credit.saturating_sub(piece.len);
+                    self.ahead = self.ahead.saturating_add(piece.len);
+                    self.make(table, piece, true);
+                }
+                at = at.saturating_add(piece.len.max(GRANULE));
+            }
+        }
     }
 
     /// Evicts, in a batch that goes to the host anyway, the oldest idle windows beyond half of the bytes that are not in
@@ -270,7 +339,8 @@ impl<'a> Planner<'a> {
         let last = range.start.saturating_add(range.len.saturating_sub(1));
         let planned = [range.start, last].into_iter().any(|address| {
             let id = table.ram.get(address);
-            let pending = private(self.private, id).is_some_and(|own| own.stage == Stage::Pending);
+            let pending =
+                private(self.private, id).is_some_and(|own| matches!(own.stage, Stage::Pending { .. }));
             pending && table.slot(id).is_some_and(|slot| slot.range().covers(range))
         });
         if planned {
@@ -291,9 +361,6 @@ impl<'a> Planner<'a> {
         }
         let size = table.window_size(self.pending);
         let window = if self.refused == 0 { extent(table, need, ram, size) } else { need };
-        if self.refused.saturating_add(1) == ROUNDS && !self.evict_all(table) {
-            return Room::BatchFull;
-        }
         match self.make_room(table, window.len) {
             Room::Made => self.add(table, window, range.len),
             // Not even with nothing idle: what was asked for, and nothing around it.
@@ -390,6 +457,9 @@ impl<'a> Planner<'a> {
         let (Some(slot), Some(own)) = (table.slot(id), private(self.private, id)) else { return };
         own.stage = Stage::Closing;
         let (range, handle) = (slot.range(), own.handle);
+        if slot.unused.swap(false, Ordering::Relaxed) {
+            self.ahead = self.ahead.saturating_sub(range.len);
+        }
         self.hide(table, id, range);
         table.bus.remove(Range { start: slot.bus(), len: range.len });
         self.bytes = self.bytes.saturating_sub(range.len);
@@ -411,24 +481,41 @@ impl<'a> Planner<'a> {
         if id == not { None } else { table.slot(id).map(|slot| slot.range()) }
     }
 
+    fn room_ahead(&self, table: &Table<'_>, len: u64) -> bool {
+        let (limits, used) = (table.limits, table.pinned());
+        let bytes = used.bytes.saturating_add(self.pending.bytes);
+        let entries = used.entries.saturating_add(self.pending.entries);
+        self.lines < self.batch.len()
+            && len <= self.credit
+            && self.ahead.saturating_add(len) <= table.policy.ahead_allowed(limits)
+            && bytes <= limits.bytes / 2
+            && entries <= limits.entries / 2
+            && self.lacks(limits, len, 1).is_none()
+    }
+
     /// Adds the mapping of `range` to the batch, for a request of `live` bytes.
     fn add(&mut self, table: &Table<'_>, range: Range, live: u64) -> Room {
-        let id = self.free;
-        let (Some(slot), Some(own)) = (table.slot(id), private(self.private, id)) else {
+        if !self.make(table, range, false) {
             // There is a slot for each entry and each line of a batch.
             return Room::None(Failure::Entries);
-        };
+        }
+        self.pending.bytes = self.pending.bytes.saturating_add(range.len);
+        self.pending.entries = self.pending.entries.saturating_add(1);
+        self.pending.slack = self.pending.slack.saturating_add(range.len.saturating_sub(live));
+        Room::Made
+    }
+
+    fn make(&mut self, table: &Table<'_>, range: Range, ahead: bool) -> bool {
+        let id = self.free;
+        let (Some(slot), Some(own)) = (table.slot(id), private(self.private, id)) else { return false };
         self.free = own.next;
-        *own = Private { stage: Stage::Pending, ..Private::default() };
+        *own = Private { stage: Stage::Pending { ahead }, ..Private::default() };
         slot.describe(range, UNRESOLVED);
         table.ram.set(range, id);
         self.bytes = self.bytes.saturating_add(range.len);
         self.entries = self.entries.saturating_add(1);
-        self.pending.bytes = self.pending.bytes.saturating_add(range.len);
-        self.pending.entries = self.pending.entries.saturating_add(1);
-        self.pending.slack = self.pending.slack.saturating_add(range.len.saturating_sub(live));
         self.line(Request { range, window: id, ..Request::default() });
-        Room::Made
+        true
     }
 
     fn line(&mut self, request: Request) {
@@ -479,12 +566,15 @@ impl<'a> Planner<'a> {
         let (Some(slot), Some(own)) = (table.slot(id), private(self.private, id)) else {
             return Outcome::Refused;
         };
+        let ahead = own.stage == Stage::Pending { ahead: true };
         let mut outcome = request.outcome;
         if outcome == Outcome::Done {
             self.stats.maps = self.stats.maps.wrapping_add(1);
             own.handle = request.handle;
             if table.bus.insert(Range { start: request.bus, len: request.range.len }, id) {
                 slot.describe(request.range, request.bus);
+                slot.unused.store(ahead, Ordering::Relaxed);
+                self.stats.ahead = self.stats.ahead.wrapping_add(u64::from(ahead));
                 slot.stamp.store(table.epoch.load(Ordering::Relaxed), Ordering::Relaxed);
                 // Listed before it is open for references, so that a release in between does not queue it twice.
                 self.ages.adopt(table, self.private, id);
@@ -502,6 +592,11 @@ impl<'a> Planner<'a> {
             self.entries = self.entries.saturating_sub(1);
         }
         self.hide(table, id, request.range);
+        if ahead {
+            // Nobody waits for it.
+            self.ahead = self.ahead.saturating_sub(request.range.len);
+            return Outcome::Done;
+        }
         outcome
     }
 

@@ -27,6 +27,8 @@ pub struct Limits {
 pub struct Policy {
     /// Slack may reach this many thousandths of the byte limit.
     pub slack_per_mille: u32,
+    /// Bytes mapped ahead of need and not used yet may reach this many thousandths of the byte limit.
+    pub ahead_per_mille: u32,
     /// A generous window takes at most one part in this many of the slack still allowed.
     pub slack_parts: u32,
     /// A balanced window is at most this many per cent of free bytes per free entry.
@@ -42,6 +44,7 @@ impl Default for Policy {
     fn default() -> Self {
         Self {
             slack_per_mille: 100,
+            ahead_per_mille: 90,
             slack_parts: 64,
             balance_percent: 66,
             generous_max: 256 << 10,
@@ -50,10 +53,24 @@ impl Default for Policy {
     }
 }
 
+/// Whether three quarters of the entries are in use, and bytes are an eighth of their limit behind: caution with bytes
+/// would then only waste them.
+fn short_of_entries(limits: Limits, bytes: u64, entries: u32) -> bool {
+    // In 1/1024 of each limit.
+    let share = |used: u64, limit: u64| used.saturating_mul(1024).checked_div(limit).unwrap_or(1024);
+    let entries = share(u64::from(entries), u64::from(limits.entries));
+    entries >= 768 && entries.saturating_sub(share(bytes, limits.bytes)) >= 128
+}
+
 impl Policy {
     /// Bytes of slack allowed under `limits`.
     pub(crate) fn slack_allowed(&self, limits: Limits) -> u64 {
         (limits.bytes / 1000).saturating_mul(u64::from(self.slack_per_mille))
+    }
+
+    /// Bytes that may be mapped ahead of need and unused under `limits`.
+    pub(crate) fn ahead_allowed(&self, limits: Limits) -> u64 {
+        (limits.bytes / 1000).saturating_mul(u64::from(self.ahead_per_mille))
     }
 
     /// Size of the aligned block that a new window may fill, a power of two of at least a granule, where `bytes` and
@@ -62,7 +79,8 @@ impl Policy {
         let free_bytes = limits.bytes.saturating_sub(bytes);
         let free_entries = u64::from(limits.entries.saturating_sub(entries)).max(1);
         let mean = free_bytes.checked_div(free_entries).unwrap_or(0);
-        let balanced = (mean / 100).saturating_mul(u64::from(self.balance_percent)).min(self.largest);
+        let percent = if short_of_entries(limits, bytes, entries) { 100 } else { self.balance_percent };
+        let balanced = (mean / 100).saturating_mul(u64::from(percent)).min(self.largest);
         let slack_left = self.slack_allowed(limits).saturating_sub(slack);
         let parts = u64::from(self.slack_parts.max(1));
         let generous = slack_left.checked_div(parts).unwrap_or(0).min(self.generous_max);

@@ -80,6 +80,17 @@ impl<'a> RamMap<'a> {
         }
     }
 
+    /// The part of `range`, from its start on, that is RAM and that no window covers.
+    pub(crate) fn free_prefix(&self, range: Range) -> Range {
+        let granules = (0..range.len / GRANULE)
+            .take_while(|n| {
+                let address = range.start.saturating_add(n.saturating_mul(GRANULE));
+                self.word(address).is_some_and(|word| word.load(Ordering::Relaxed) == 0)
+            })
+            .count() as u64;
+        Range { start: range.start, len: granules.saturating_mul(GRANULE) }
+    }
+
     /// The granules around `core` that no window covers, within `bounds`: how far a new window may reach without
     /// mapping anything twice.
     pub(crate) fn free_around(&self, core: Range, bounds: Range) -> Range {

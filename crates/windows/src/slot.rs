@@ -1,6 +1,6 @@
 //! One window: what the lock-free side may read of it, and what only the planner may.
 
-use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use crate::Range;
 
@@ -19,6 +19,8 @@ pub struct Slot {
     start: AtomicU64,
     len: AtomicU64,
     bus: AtomicU64,
+    /// Made ahead of need and not used since.
+    pub(crate) unused: AtomicBool,
     /// When the window last fell idle, in planner epochs.
     pub(crate) stamp: AtomicU32,
     /// [`UNQUEUED`], [`LISTED`], or the id of the next window on the idle stack (0 ends it).
@@ -32,6 +34,7 @@ impl Default for Slot {
             start: AtomicU64::new(0),
             len: AtomicU64::new(0),
             bus: AtomicU64::new(0),
+            unused: AtomicBool::new(false),
             stamp: AtomicU32::new(0),
             link: AtomicU32::new(UNQUEUED),
         }
@@ -163,8 +166,8 @@ pub struct Private {
 pub(crate) enum Stage {
     #[default]
     Free,
-    /// Asked for in the batch now under way.
-    Pending,
+    /// Asked for in the batch now under way; by nobody yet if `ahead`.
+    Pending { ahead: bool },
     /// Mapped, and on the age list if `listed`.
     Mapped { listed: bool },
     /// Asked to be unmapped in the batch now under way.

@@ -34,6 +34,8 @@ pub struct Table<'a> {
     pub(crate) idle: AtomicU32,
     /// The planner's count of calls, the clock of ages.
     pub(crate) epoch: AtomicU32,
+    /// Bytes of windows made ahead of need that came to be used since the planner last looked.
+    pub(crate) ahead_used: AtomicU64,
     /// Windows with references: their bytes, their number, and their bytes that nobody asked for.
     pinned_bytes: AtomicU64,
     pinned: AtomicU32,
@@ -57,6 +59,7 @@ impl<'a> Table<'a> {
             policy,
             idle: AtomicU32::new(0),
             epoch: AtomicU32::new(0),
+            ahead_used: zero(),
             pinned_bytes: zero(),
             pinned: AtomicU32::new(0),
             slack: zero(),
@@ -169,6 +172,12 @@ impl<'a> Table<'a> {
         let (old, new) = slot.acquire(range.len)?;
         let window = slot.range();
         self.account(window.len, old, new);
+        if old == State::IDLE
+            && slot.unused.load(Ordering::Relaxed)
+            && slot.unused.swap(false, Ordering::Relaxed)
+        {
+            self.ahead_used.fetch_add(window.len, Ordering::Relaxed);
+        }
         if window.covers(range) {
             slot.bus().checked_add(range.start.checked_sub(window.start)?)
         } else {
