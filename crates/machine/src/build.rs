@@ -3,13 +3,14 @@
 use crate::console::ConsolePump;
 use crate::devices::{DeviceKind, Functions, Host, KernelDoorbells, open_disks};
 use crate::intx::IntxLines;
-use crate::memory::{self, Ram};
-use crate::passthrough::{Connections, GuestSlot};
+use crate::memory::{self, DmaMapping, Ram};
+use crate::passthrough::{Connections, GuestSlot, HostSlot};
 use crate::run::{EventSender, MachineEvent};
 use crate::vcpus::{Entry, Reporter, Vcpus};
 use crate::{ConsoleTarget, Error, MachineSpec};
 use outboard_bus::{IrqLine, MmioBus, MsiMessage, MsiSink, warn_limited};
 use outboard_hypervisor::{Capabilities, GicConfig, Hypervisor, InterruptController, Vm, VmOptions, mpidr};
+use outboard_passthrough::Vacated;
 use outboard_pci::{Ecam, RootComplex, Windows};
 use outboard_platform::boot::{self, Initrd, Kernel, Loaded};
 use outboard_platform::fdt::{self, Description};
@@ -17,6 +18,7 @@ use outboard_platform::layout::{self, AddressSpace};
 use outboard_platform::{Pl011, Pl031, Pl061};
 use outboard_virtio::DoorbellBinder;
 use outboard_virtio::block::Disk;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -74,7 +76,10 @@ pub(crate) struct Machine {
     console: ConsolePump,
     root: Arc<RootComplex>,
     functions: Functions,
-    slots: Vec<GuestSlot>,
+    /// By device number of their root port.
+    slots: BTreeMap<u8, GuestSlot>,
+    /// Guest memory that a broken device may still write.
+    retained: Vec<DmaMapping>,
     bus: Arc<MmioBus>,
     power_key: Arc<Pl061>,
     ram: Ram,
@@ -107,7 +112,7 @@ impl Machine {
         let first_port = devices.len() as u8 + 1;
         let functions = Functions::plug(devices, &root, ram.memory(), &msi, binder.as_ref())?;
         let lines = IntxLines::new(&gic);
-        let connections = Connections { vm: &vm, gic: &gic, msi: &msi, lines: &lines, kernel_events };
+        let connections = Connections { vm: &vm, gic: &gic, msi: &msi, lines: &lines, kernel_events, events };
         let slots = plug_slots(host, first_port, &root, &ram, &connections)?;
         tracing::debug!("devices are in place");
         let loaded = load_guest(spec, inputs, &ram)?;
@@ -116,7 +121,7 @@ impl Machine {
         let console = ConsolePump::start(uart, host.console.clone(), panic_watch, events.clone())?;
         let entry = Entry { pc: loaded.entry, fdt: loaded.fdt };
         let vcpus = Vcpus::start(&vm, spec.cpus, entry, &bus, &reporter(events))?;
-        Ok(Self { vcpus, console, root, functions, slots, bus, power_key, ram })
+        Ok(Self { vcpus, console, root, functions, slots, retained: Vec::new(), bus, power_key, ram })
     }
 
     /// Lets the guest run.
@@ -129,16 +134,27 @@ impl Machine {
         self.power_key.set_power_key(pressed);
     }
 
+    /// The device behind root port `device` is no longer the guest's, after a reboot neither.
+    pub(crate) fn vacate(&mut self, device: u8, why: &Vacated, host: &mut Host) {
+        if let Some(slot) = self.slots.remove(&device) {
+            host.slots.retain(|open| open.selection() != slot.selection());
+            self.retained.extend(slot.vacate(why));
+        }
+    }
+
     /// Stops and releases everything but the host's ends of the devices, which go back to `host`. Whether the guest's
     /// kernel had panicked.
     ///
     /// First the vCPUs, so that nobody starts anything new; then the devices, which stop writing to guest memory; only then
     /// the memory is unmapped, and the VM goes with the last reference to it.
     pub(crate) fn stop(self, host: &mut Host) -> bool {
-        let Self { vcpus, console, root, functions, slots, bus, power_key, ram } = self;
+        let Self { vcpus, console, root, functions, slots, retained, bus, power_key, ram } = self;
         vcpus.pause();
         root.reset();
         drop(vcpus);
+        // Their functions were reset above; now guest memory leaves their DMA domains.
+        drop(slots);
+        drop(retained);
         let stats = bus.stats();
         if stats.unmapped + stats.refused > 0 {
             let (unmapped, refused) = (stats.unmapped, stats.refused);
@@ -151,8 +167,6 @@ impl Machine {
         // Lets out what the guest printed last, the panic among it.
         drop(console);
         drop(power_key);
-        // Their functions were reset above; now guest memory leaves their DMA domains, then the VM.
-        drop(slots);
         drop(ram);
         host.panic_watch.take()
     }
@@ -162,16 +176,15 @@ impl Machine {
 fn plug_slots(
     host: &Host,
     first_port: u8,
-    root: &RootComplex,
+    root: &Arc<RootComplex>,
     ram: &Ram,
     connections: &Connections<'_>,
-) -> Result<Vec<GuestSlot>, Error> {
-    (first_port..)
-        .zip(&host.slots)
-        .map(|(device, slot)| {
-            GuestSlot::plug(slot, device, root, ram.map_for_dma(slot.domain())?, connections)
-        })
-        .collect()
+) -> Result<BTreeMap<u8, GuestSlot>, Error> {
+    let plug = |(device, slot): (u8, &HostSlot)| {
+        let memory = ram.map_for_dma(slot.domain())?;
+        Ok((device, GuestSlot::plug(slot, device, root, memory, connections)?))
+    };
+    (first_port..).zip(&host.slots).map(plug).collect()
 }
 
 fn kernel_doorbells(vm: &Arc<dyn Vm>) -> Arc<dyn DoorbellBinder> {

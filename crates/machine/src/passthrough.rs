@@ -5,12 +5,15 @@
 use crate::Error;
 use crate::intx::IntxLines;
 use crate::memory::DmaMapping;
+use crate::run::{EventSender, MachineEvent};
 use outboard_bus::{Event, MsiMessage, MsiSink};
 use outboard_host_pci::host::Refusal;
 use outboard_host_pci::{DmaDomain, HostFunction, MappedBar, Selection};
 use outboard_hypervisor::{InterruptController, MemoryKind, Vm};
-use outboard_passthrough::{Function, GuestMapper, IntxWiring, VectorBinder, Wiring, WiringError};
-use outboard_pci::{RootComplex, RootPort};
+use outboard_passthrough::{
+    Function, GuestMapper, IntxWiring, Loss, Slot, SlotListener, Vacated, VectorBinder, Wiring, WiringError,
+};
+use outboard_pci::{HotPlug, RootComplex, RootPort};
 use outboard_platform::layout;
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
@@ -44,6 +47,10 @@ impl HostSlot {
         Err(Refusal::NotYet)
     }
 
+    pub(crate) fn selection(&self) -> Selection {
+        self.selection
+    }
+
     pub(crate) fn domain(&self) -> &Arc<dyn DmaDomain> {
         &self.domain
     }
@@ -56,14 +63,16 @@ pub(crate) struct Connections<'a> {
     pub(crate) msi: &'a Arc<dyn MsiSink>,
     pub(crate) lines: &'a IntxLines,
     pub(crate) kernel_events: bool,
+    pub(crate) events: &'a EventSender,
 }
 
 /// A slot of the VM with the host's functions in it.
 ///
 /// Field order is drop order: the functions have given up the device before guest memory is taken out of its domain.
 pub(crate) struct GuestSlot {
-    _functions: Vec<Arc<Function>>,
-    _memory: DmaMapping,
+    selection: Selection,
+    _slot: Slot,
+    memory: DmaMapping,
 }
 
 impl GuestSlot {
@@ -74,29 +83,67 @@ impl GuestSlot {
     pub(crate) fn plug(
         slot: &HostSlot,
         device: u8,
-        root: &RootComplex,
+        root: &Arc<RootComplex>,
         memory: DmaMapping,
         connections: &Connections<'_>,
     ) -> Result<Self, Error> {
-        root.add_port(device, Arc::new(RootPort::new(device)))?;
+        let power = Arc::new(Event::new().map_err(Error::Thread)?);
+        let hot_plug = HotPlug { msi: connections.msi.clone(), power: power.clone() };
+        let port = Arc::new(RootPort::with_hot_plug(device, hot_plug));
+        root.add_port(device, port.clone())?;
         let mapper = Arc::new(Mapper { vm: connections.vm.clone(), bars: Mutex::default() });
-        let vectors = connections
-            .kernel_events
-            .then(|| Arc::new(Vectors(connections.gic.clone())) as Arc<dyn VectorBinder>);
-        let mut functions = Vec::new();
-        for host in &slot.functions {
-            let wiring = Wiring {
-                mapper: mapper.clone(),
-                msi: connections.msi.clone(),
-                vectors: vectors.clone(),
-                intx: wire_pin(&**host, device, connections)?,
-            };
-            let function = Arc::new(Function::new(host.clone(), wiring)?);
-            root.add_behind(device, host.identity().address.function, function.clone())?;
-            functions.push(function);
+        let vectors = Arc::new(Vectors(connections.gic.clone()));
+        let vectors = connections.kernel_events.then_some(vectors as Arc<dyn VectorBinder>);
+        let wire = |host: &Arc<dyn HostFunction>| {
+            let (mapper, msi, vectors) = (mapper.clone(), connections.msi.clone(), vectors.clone());
+            let intx = wire_pin(&**host, device, connections)?;
+            Ok(Arc::new(Function::new(host.clone(), Wiring { mapper, msi, vectors, intx })?))
+        };
+        let functions = slot.functions.iter().map(wire).collect::<Result<_, Error>>()?;
+        let listener = Arc::new(Vacancy { device, events: connections.events.clone() });
+        let selection = slot.selection;
+        let _slot = Slot::plug(root, device, (port, power), functions, listener)?;
+        tracing::info!("{selection} is in the guest, behind root port 00:{device:02x}.0");
+        Ok(Self { selection, _slot, memory })
+    }
+
+    pub(crate) fn selection(&self) -> Selection {
+        self.selection
+    }
+
+    /// The guest no longer has the device: closes it. Memory that the device may still write stays in its domain.
+    pub(crate) fn vacate(self, why: &Vacated) -> Option<DmaMapping> {
+        let Self { selection, _slot, memory } = self;
+        drop(_slot);
+        let Vacated::Lost(losses) = why else {
+            tracing::warn!("the guest has let go of {selection}");
+            return None;
+        };
+        let mut broken = false;
+        for (address, loss) in losses {
+            match loss {
+                Loss::Gone => {
+                    tracing::warn!("{address} has gone: it was unplugged, or the host wants it back")
+                }
+                Loss::Broken(why) => {
+                    broken = true;
+                    tracing::error!("{address} can no longer be used: {why}; power-cycle it");
+                }
+            }
         }
-        tracing::info!("{} is in the guest, behind root port 00:{device:02x}.0", slot.selection);
-        Ok(Self { _functions: functions, _memory: memory })
+        broken.then_some(memory)
+    }
+}
+
+/// Tells the machine's own thread of a slot that became empty.
+struct Vacancy {
+    device: u8,
+    events: EventSender,
+}
+
+impl SlotListener for Vacancy {
+    fn vacated(&self, why: Vacated) {
+        self.events.send(MachineEvent::SlotVacated { device: self.device, why });
     }
 }
 

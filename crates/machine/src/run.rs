@@ -6,6 +6,7 @@ use crate::signals::Signals;
 use crate::vcpus::VcpuEvent;
 use crate::{Error, MachineSpec};
 use outboard_hypervisor::Hypervisor;
+use outboard_passthrough::Vacated;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
@@ -35,6 +36,11 @@ pub(crate) enum MachineEvent {
     Leave,
     /// SIGTERM, SIGINT or SIGHUP.
     Terminate,
+    /// A device of the host is no longer in the guest; `device` is its root port's number.
+    SlotVacated {
+        device: u8,
+        why: Vacated,
+    },
 }
 
 /// Sends events from any thread; after the machine ended they go nowhere.
@@ -69,9 +75,9 @@ pub fn run(spec: &MachineSpec, hypervisor: &dyn Hypervisor) -> Result<Outcome, E
     let mut host = Host::open(spec, std::mem::take(&mut inputs.disks), &sender)?;
     let mut power = PowerButton::default();
     loop {
-        let machine = Machine::build(spec, &inputs, &mut host, hypervisor, &sender)?;
+        let mut machine = Machine::build(spec, &inputs, &mut host, hypervisor, &sender)?;
         tracing::debug!("machine is built");
-        let end = power.watch(&machine, &events);
+        let end = power.watch(&mut machine, &mut host, &events);
         let panicked = machine.stop(&mut host);
         match end {
             End::Reset | End::Outcome(Outcome::PowerOff) if panicked => return Ok(Outcome::GuestPanic),
@@ -93,7 +99,7 @@ struct PowerButton {
 
 impl PowerButton {
     /// Lets the machine run until it ends.
-    fn watch(&mut self, machine: &Machine, events: &Receiver<MachineEvent>) -> End {
+    fn watch(&mut self, machine: &mut Machine, host: &mut Host, events: &Receiver<MachineEvent>) -> End {
         machine.resume();
         loop {
             let event = match self.timeout() {
@@ -106,6 +112,7 @@ impl PowerButton {
                 Ok(MachineEvent::Vcpu(VcpuEvent::Failed(error))) => return End::Failed(error),
                 Ok(MachineEvent::GuestPanic) => return End::Outcome(Outcome::GuestPanic),
                 Ok(MachineEvent::Leave) => return End::Outcome(Outcome::Killed),
+                Ok(MachineEvent::SlotVacated { device, why }) => machine.vacate(device, &why, host),
                 Ok(MachineEvent::Terminate) if self.pressed.is_some() => {
                     tracing::warn!("asked a second time to stop; stopping the guest hard");
                     return End::Outcome(Outcome::Killed);
