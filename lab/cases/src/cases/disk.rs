@@ -114,31 +114,29 @@ fn backing_host(host: &Host) -> Result<Option<String>> {
     host.qemu_img(&["check", path(&top)?])?;
     let flat = host.scratch("flat.raw");
     host.qemu_img(&["convert", "-O", "raw", path(&top)?, path(&flat)?])?;
-    for index in 0..BACKED {
-        let pattern = if is_overwritten(index) { Pattern(6) } else { Pattern(5) };
-        check_file_at(&File::open(&flat)?, pattern, index)?;
+    let flat = File::open(&flat)?;
+    for start in (0..BACKED).step_by(64) {
+        for (pattern, first, count) in MIXED {
+            (first..first + count).try_for_each(|index| check_file_at(&flat, pattern, start + index))?;
+        }
     }
     Ok(None)
 }
 
-/// Blocks that the guest writes: some whole clusters of 64 KiB, some parts of one.
-fn is_overwritten(index: u64) -> bool {
-    index % 64 < 16 || index % 64 == 40
-}
+/// Of each 64 blocks: pattern, first, count. The guest writes a whole cluster of 64 KiB, and a part of one.
+const MIXED: [(Pattern, u64, u64); 4] =
+    [(Pattern(6), 0, 16), (Pattern(5), 16, 24), (Pattern(6), 40, 1), (Pattern(5), 41, 23)];
 
 fn backing_guest(guest: &mut Guest) -> Result<()> {
     let disk = GuestDisk::open(guest, "vda", true)?;
     disk.check_pattern(Pattern(5), 0, BACKED).context("through to the base")?;
-    for start in (0..BACKED).step_by(64) {
-        disk.write_pattern(Pattern(6), start, 16)?;
-        disk.write_pattern(Pattern(6), start + 40, 1)?;
+    let starts =
+        || (0..BACKED).step_by(64).flat_map(|start| MIXED.map(|(p, first, count)| (p, start + first, count)));
+    for (pattern, first, count) in starts().filter(|(pattern, ..)| pattern.0 == 6) {
+        disk.write_pattern(pattern, first, count)?;
     }
     disk.flush()?;
-    for index in 0..BACKED {
-        let pattern = if is_overwritten(index) { Pattern(6) } else { Pattern(5) };
-        disk.check_pattern(pattern, index, 1)?;
-    }
-    Ok(())
+    starts().try_for_each(|(pattern, first, count)| disk.check_pattern(pattern, first, count))
 }
 
 fn readonly_host(host: &Host) -> Result<Option<String>> {
@@ -173,6 +171,7 @@ fn discard_host(host: &Host) -> Result<Option<String>> {
     let mut vm = host.start(&host.guest(Kernel::V6_12).disk(Disk::raw(&image)))?;
     vm.note("written", STEP)?;
     let full = fs::metadata(&image)?.blocks() * 512;
+    vm.type_text("discard\n")?;
     vm.note("discarded", STEP)?;
     let rest = fs::metadata(&image)?.blocks() * 512;
     vm.finish(STEP)?;
@@ -186,6 +185,7 @@ fn discard_guest(guest: &mut Guest) -> Result<()> {
     disk.write_pattern(Pattern(8), 0, DISCARD)?;
     disk.flush()?;
     guest.note("written", true);
+    guest.read_line()?;
     disk.discard(0, DISCARD / 2)?;
     disk.flush()?;
     guest.note("discarded", true);
@@ -259,7 +259,7 @@ fn kill_host(host: &Host) -> Result<Option<String>> {
         host.guest(Kernel::V6_12Cloud).memory_mib(256).disk(Disk::qcow2(&image)).arg("flushed", flushed);
     let mut vm = host.start(&spec.arg("last", 1))?;
     vm.finish(STEP)?;
-    host.qemu_img(&["check", path(&image)?])?;
+    host.check_qcow2(&image)?;
     Ok(None)
 }
 
