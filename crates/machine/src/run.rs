@@ -79,6 +79,7 @@ pub fn run(spec: &MachineSpec, hypervisor: &dyn Hypervisor) -> Result<Outcome, E
         tracing::debug!("machine is built");
         let end = power.watch(&mut machine, &mut host, &events);
         let panicked = machine.stop(&mut host);
+        forget_guest_events(&events, &sender);
         match end {
             End::Reset | End::Outcome(Outcome::PowerOff) if panicked => return Ok(Outcome::GuestPanic),
             End::Reset if spec.no_reboot => return Ok(Outcome::PowerOff),
@@ -88,6 +89,13 @@ pub fn run(spec: &MachineSpec, hypervisor: &dyn Hypervisor) -> Result<Outcome, E
             End::Failed(error) => return Err(error.into()),
         }
     }
+}
+
+/// What threads of a machine that has stopped still said: a second vCPU's reset must not end the next boot. What the user said stays.
+fn forget_guest_events(events: &Receiver<MachineEvent>, sender: &EventSender) {
+    let users = |event: &MachineEvent| matches!(event, MachineEvent::Leave | MachineEvent::Terminate);
+    let kept: Vec<_> = events.try_iter().filter(users).collect();
+    kept.into_iter().for_each(|event| sender.send(event));
 }
 
 /// The power key and how long it has been since it was pressed.
@@ -142,5 +150,23 @@ impl PowerButton {
     fn timeout(&self) -> Option<Duration> {
         let after = if self.released { POWER_OFF_GRACE } else { KEY_PRESS };
         self.pressed.map(|pressed| after.saturating_sub(pressed.elapsed()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_vcpus_reset_does_not_end_the_next_boot_and_the_users_wish_stays() {
+        let (sender, events) = channel();
+        let sender = EventSender(sender);
+        for event in [MachineEvent::Vcpu(VcpuEvent::Reset), MachineEvent::Terminate, MachineEvent::GuestPanic]
+        {
+            sender.send(event);
+        }
+        forget_guest_events(&events, &sender);
+        let left: Vec<_> = events.try_iter().collect();
+        assert!(matches!(left[..], [MachineEvent::Terminate]), "{left:?}");
     }
 }
