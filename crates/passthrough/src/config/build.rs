@@ -125,6 +125,21 @@ impl Layout {
     }
 }
 
+/// A chain of capabilities, and what holds for it.
+struct Chain {
+    found: Vec<Capability>,
+    rules: &'static [Rule],
+    /// End of its part of config space.
+    end: u16,
+}
+
+impl Chain {
+    /// Where the next capability above `cap` starts.
+    fn after(&self, cap: &Capability) -> u16 {
+        self.found.iter().map(|c| c.at).filter(|at| *at > cap.at).min().unwrap_or(self.end)
+    }
+}
+
 struct Builder<'a> {
     image: &'a Image,
     facts: &'a Facts,
@@ -159,10 +174,8 @@ impl Builder<'_> {
         for offset in (0x40..CONVENTIONAL_END).step_by(4) {
             *self.layout.table.at(offset) = RAW;
         }
-        let found = self.image.standard();
-        self.hide(&found, CONVENTIONAL_END, HIDDEN_STANDARD);
-        let shown: Vec<Capability> =
-            found.into_iter().filter(|cap| self.show(cap, rules::STANDARD, CONVENTIONAL_END)).collect();
+        let chain = Chain { found: self.image.standard(), rules: rules::STANDARD, end: CONVENTIONAL_END };
+        let shown = self.sort(&chain, HIDDEN_STANDARD);
         let mut link = 0x34;
         for cap in &shown {
             self.fingerprint(cap.at, 0xffff);
@@ -186,12 +199,10 @@ impl Builder<'_> {
         for offset in (CONVENTIONAL_END..end).step_by(4) {
             *self.layout.table.at(offset) = READ_ONLY;
         }
-        let found = self.image.extended();
-        self.hide(&found, end, u16::MAX);
+        let chain = Chain { found: self.image.extended(), rules: rules::EXTENDED, end };
         // The chain starts here whatever is shown (PCIe 7.6.3): a null capability, unless the first one stays.
         *self.layout.table.at(CONVENTIONAL_END) = HIDDEN;
-        let shown: Vec<Capability> =
-            found.into_iter().filter(|cap| self.show(cap, rules::EXTENDED, end)).collect();
+        let shown = self.sort(&chain, u16::MAX);
         let mut previous = CONVENTIONAL_END;
         for cap in &shown {
             self.fingerprint(cap.at, u32::MAX);
@@ -206,27 +217,30 @@ impl Builder<'_> {
         }
     }
 
-    /// Zeroes what `caps` occupy: up to the next one, `end`, or `most` bytes.
-    fn hide(&mut self, caps: &[Capability], end: u16, most: u16) {
-        for cap in caps {
-            let next = caps.iter().map(|c| c.at).filter(|at| *at > cap.at).min().unwrap_or(end);
-            for offset in (cap.at..next.min(cap.at.saturating_add(most))).step_by(4) {
+    /// Puts the sound ones of a chain into the table and hides the others, each up to the next one, or `most` bytes.
+    fn sort(&mut self, chain: &Chain, most: u16) -> Vec<Capability> {
+        let mut shown = Vec::new();
+        for cap in &chain.found {
+            if self.show(cap, chain) {
+                shown.push(*cap);
+                continue;
+            }
+            let end = chain.after(cap).min(cap.at.saturating_add(most));
+            for offset in (cap.at..end).step_by(4).filter(|at| !self.claimed[usize::from(at / 4)]) {
                 *self.layout.table.at(offset) = HIDDEN;
             }
         }
+        shown
     }
 
     /// Puts `cap` into the table if there is a rule for it and it is sound.
-    fn show(&mut self, cap: &Capability, rules: &'static [Rule], end: u16) -> bool {
-        let Some(rule) = rules::find(rules, cap.id) else { return false };
+    fn show(&mut self, cap: &Capability, chain: &Chain) -> bool {
+        let Some(rule) = rules::find(chain.rules, cap.id) else { return false };
+        // A capability that reaches over the next one's start would open that one's registers by its own rule.
         let range = match self.len(cap, rule.len).and_then(|len| cap.at.checked_add(len)) {
-            Some(last) if last > cap.at && last <= end => cap.at..last.next_multiple_of(4),
+            Some(end) if end > cap.at && end <= chain.after(cap) => cap.at..end.next_multiple_of(4),
             _ => {
-                tracing::warn!(
-                    "capability {:#x} at {:#x} is cut off by config space; it is hidden",
-                    cap.id,
-                    cap.at
-                );
+                tracing::warn!("capability {:#x} at {:#x} does not fit; it is hidden", cap.id, cap.at);
                 return false;
             }
         };

@@ -118,3 +118,17 @@ fn msix_structures_in_different_bars_leave_a_page_free_each() {
     assert_eq!(rig.mapper.ranges(), [(0x2000_4000, 0xc000), (0x80_0000_0000, 0xf_c000)]);
     assert_eq!(rig.bus.read(0x80_000f_fff0, Width::B8), 0, "the PBA");
 }
+
+#[test]
+fn a_machine_that_cannot_map_leaves_the_bar_trapped() {
+    let rig = Rig::new();
+    rig.mapper.full.store(true, Ordering::SeqCst);
+    rig.place();
+    assert_eq!(rig.mapper.ranges(), []);
+    assert_eq!(rig.bus.read(0x2000_0010, Width::B4), 0x10);
+    assert_eq!(rig.bus.read(0x80_0000_0010, Width::B4), 0x0200_0010);
+    rig.mapper.full.store(false, Ordering::SeqCst);
+    rig.write(4, Width::B2, 0);
+    rig.write(4, Width::B2, 6);
+    assert_eq!(rig.mapper.ranges().len(), 3, "tried again when the guest turns decoding on");
+}

@@ -191,7 +191,7 @@ fn b2_no_write_reaches_what_belongs_to_the_host() {
 #[test]
 fn b11_malformed_capabilities_are_hidden() {
     let mut space = Space::endpoint();
-    // MSI-X whose table lies beyond its BAR; a vendor capability that runs over the end; an extended one that overlaps another.
+    // MSI-X whose table lies beyond its BAR; a vendor capability that runs over the end; an extended one that reaches into another.
     space.put(0xb4, 0xffff_0000).put(0xc0, 0x0041_0009).put(0x200, 0x2401_000b).put(0x204, 0x0440_0000);
     let log = Log::default();
     let rig = Rig::with(
@@ -199,8 +199,30 @@ fn b11_malformed_capabilities_are_hidden() {
         None,
     );
     assert_eq!(standard_chain(&rig).iter().map(|c| c.0).collect::<Vec<_>>(), [1, 3, 5, 0x10]);
-    assert_eq!(extended_chain(&rig).iter().map(|c| c.0).collect::<Vec<_>>(), [0, 1, 0x15, 0x0b]);
+    assert_eq!(extended_chain(&rig).iter().map(|c| c.0).collect::<Vec<_>>(), [0, 1, 0x15, 0x03]);
     assert_eq!(rig.dword(0x1a4), 0, "a resizable BAR that does not exist has no sizes");
+}
+
+/// By a vendor capability that claims to be long, a guest would reach the real MSI address.
+#[test]
+fn b2_b11_a_raw_capability_does_not_open_another_one() {
+    let mut space = Space::endpoint();
+    space.put(0x40, 0x00ff_5009).put(0x34, 0x40);
+    let rig = Rig::with(FakeHost::new(space, &[], &Log::default()), None);
+    rig.set(0x54, 0xfee0_0000);
+    assert_eq!((rig.host.peek(0x54), rig.dword(0x54)), (0, 0xfee0_0000));
+}
+
+#[test]
+fn what_belongs_to_no_capability_is_the_vendors_own_below_0x100_and_read_only_above() {
+    let rig = Rig::new();
+    for gap in [0x6c, 0xd0, 0xfc] {
+        rig.set(gap, 0x1234_5678);
+        assert_eq!((rig.dword(gap), rig.host.peek(gap as u16)), (0x1234_5678, 0x1234_5678));
+    }
+    rig.host.poke(0x300, 0x77);
+    rig.set(0x300, 0x1234_5678);
+    assert_eq!((rig.dword(0x300), rig.host.peek(0x300)), (0x77, 0x77));
 }
 
 #[test]

@@ -272,6 +272,8 @@ impl HostFunction for FakeHost {
 pub(super) struct FakeMapper {
     pub(super) log: Log,
     pub(super) mapped: Mutex<BTreeMap<u64, Arc<dyn MappedBar>>>,
+    /// Refuses everything.
+    pub(super) full: AtomicBool,
 }
 
 impl FakeMapper {
@@ -282,6 +284,9 @@ impl FakeMapper {
 
 impl GuestMapper for FakeMapper {
     fn map(&self, ipa: u64, bar: Arc<dyn MappedBar>) -> std::result::Result<(), WiringError> {
+        if self.full.load(Ordering::SeqCst) {
+            return Err("no slots are left".into());
+        }
         assert!(ipa.is_multiple_of(0x4000));
         let end = ipa + bar.len();
         let inside = |range: &std::ops::Range<u64>| range.start <= ipa && end <= range.end;

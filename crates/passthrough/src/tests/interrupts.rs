@@ -1,6 +1,6 @@
 use super::device::{DOORBELL, FakeBinder, FakeHost, Log, Rig};
-use crate::VectorBinder;
-use outboard_bus::{MsiMessage, Width};
+use crate::{Function, IntxWiring, LevelBinder, VectorBinder, Wiring, WiringError};
+use outboard_bus::{Event, MsiMessage, Width};
 use outboard_host_pci::InterruptKind;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -202,4 +202,42 @@ fn b7_counts_are_what_the_host_has() {
     assert_eq!(rig.dword(0x50), 0, "no MSI without vectors");
     assert_eq!(rig.dword(0x3c) >> 8, 0);
     assert_eq!(rig.log.take().iter().filter(|e| e.starts_with("enable")).count(), 0);
+}
+
+/// A kernel that asserts the line at `trigger`: the test plays the guest's end of interrupt.
+#[derive(Default)]
+struct FakeLevel(std::sync::Mutex<Option<std::os::fd::OwnedFd>>);
+
+impl LevelBinder for FakeLevel {
+    fn bind(&self, _: &Event, resample: &Event) -> Result<(), WiringError> {
+        use std::os::fd::AsFd;
+        let old = self.0.lock().unwrap().replace(resample.as_fd().try_clone_to_owned().unwrap());
+        assert!(old.is_none());
+        Ok(())
+    }
+    fn unbind(&self, _: &Event, _: &Event) {
+        assert!(self.0.lock().unwrap().take().is_some());
+    }
+}
+
+#[test]
+fn the_pin_past_this_process_is_unmasked_by_the_guests_end_of_interrupt() {
+    use std::io::Write;
+    let rig = Rig::new();
+    let level = Arc::new(FakeLevel::default());
+    let kernel = Some(level.clone() as Arc<dyn LevelBinder>);
+    let wiring = Wiring { intx: Some(IntxWiring { line: rig.line.clone(), kernel }), ..rig.wiring() };
+    let host = Arc::new(FakeHost::endpoint(&Log::default()));
+    let function = Function::new(host.clone(), wiring).unwrap();
+    let command = outboard_pci::ConfigAccess::new(4, Width::B2).unwrap();
+    outboard_pci::PciFunction::config_write(&function, command, 2);
+    host.log.take();
+    host.raise(0);
+    assert!(!rig.line.0.load(Ordering::SeqCst), "not by this process");
+    assert_eq!(host.log.take(), Vec::<String>::new());
+    let resample = level.0.lock().unwrap().as_ref().unwrap().try_clone().unwrap();
+    std::fs::File::from(resample).write_all(&1u64.to_ne_bytes()).unwrap();
+    eventually(|| host.log.take() == ["unmask"]);
+    outboard_pci::PciFunction::config_write(&function, command, 0x402);
+    assert!(level.0.lock().unwrap().is_none());
 }
