@@ -170,7 +170,7 @@ fn variants_and_other_constants_meet_them_too() {
     }
     let base = Constants::default();
     for constants in [
-        Constants { slack_per_mille: 70, ..base },
+        Constants { slack_per_mille: 80, ..base },
         Constants { slack_per_mille: 110, ..base },
         Constants { ahead_per_mille: 60, ..base },
         Constants { ahead_per_mille: 120, ..base },

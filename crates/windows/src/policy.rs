@@ -1,15 +1,19 @@
-//! How large a new window may be. The only place with constants of judgement.
+//! How large a new window may be, and what may be mapped ahead of need.
 //!
-//! Two rules, the larger answer wins:
+//! The larger answer of two rules gives the size:
 //!
 //! 1. **Balance.** Free bytes divided by free entries is the mean window at which both budgets run out together. Windows
-//!    up to two thirds of it bring neither budget nearer to its end than the other, so they are always allowed. With a
-//!    Mac's limits that is 16 KiB at first and grows as entries run short; with few entries and many bytes it is large from
-//!    the start.
+//!    up to two thirds of it are always allowed: they leave bytes for large requests to come. With a Mac's limits that is
+//!    16 KiB at first and grows as entries run short; with few entries and many bytes it is large from the start. When
+//!    entries are nearly gone and bytes are not, the whole mean is allowed.
 //! 2. **Generosity.** Larger windows save exits but may keep bytes mapped that nobody asked for (*slack*), and slack
 //!    under a live reference cannot be taken back. So slack may reach a tenth of the byte budget and no more, which
-//!    bounds the price: whatever a driver does, 90 % of the bytes are there for what it asked for. One window takes at
-//!    most 1/64 of what is left of the tenth, so sizes shrink smoothly.
+//!    bounds the price: nine tenths are there for what the driver asks for. One window takes at most 1/64 of what is left
+//!    of the tenth, so sizes shrink smoothly.
+//!
+//! Where windows are small, what lies around a new one is mapped **ahead** in the same exchange, as windows of their own.
+//! They save exits as a large window would, but are idle, so they are evicted when room is needed. They take space in the
+//! order in which the host places things, though, so they too have a share that they may not exceed.
 
 use crate::GRANULE;
 

@@ -129,9 +129,10 @@ fn run(seed: u64, limits: Limits, operations: u64, refusals: bool) -> (u64, u64)
 #[test]
 fn random_operations_match_the_model() {
     let each = operations() / 5;
-    let roomy = Limits { bytes: 256 * MIB, entries: 4096 };
+    // Large requests that cross one another are mapped several times over, so this is many times the RAM.
+    let roomy = Limits { bytes: 2048 * MIB, entries: 16384 };
     let (failures, hits) = run(1, roomy, each, false);
-    assert_eq!(failures, 0, "64 MiB of RAM fit");
+    assert_eq!(failures, 0, "there is room for all that is live");
     assert!(hits > each / 8, "{hits} hits of {each}");
     for (seed, limits, refusals) in [
         (2, Limits { bytes: 8 * MIB, entries: 4096 }, false),

@@ -1,0 +1,194 @@
+//! What is read and what is printed.
+
+use std::path::{Path, PathBuf};
+
+use clap::Parser;
+use outboard_fit::trace::{Op, Trace};
+use outboard_fit::{Args, ReadError, read, run};
+use proptest::prelude::*;
+
+#[derive(Parser)]
+struct Cli {
+    #[command(flatten)]
+    args: Args,
+}
+
+fn data(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)
+}
+
+/// Writes `text` where nobody else does, and reads it as a trace.
+fn parse(text: &str, device: Option<&str>) -> Result<Trace, ReadError> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("test.trace");
+    std::fs::write(&path, text).unwrap();
+    read(&path, device)
+}
+
+fn shape(trace: &Trace) -> Vec<String> {
+    let line = |call: &outboard_fit::trace::Call| match &call.op {
+        Op::Map(span) => {
+            let list: Vec<_> =
+                trace.segments[span.clone()].iter().map(|s| format!("{:x}:{:x}", s.start, s.len)).collect();
+            format!("{} m {}", call.at, list.join(","))
+        }
+        Op::Unmap(index) => format!("{} u {index}", call.at),
+        Op::Marker(index) => format!("{} @ {}", call.at, trace.markers[*index]),
+    };
+    trace.calls.iter().map(line).collect()
+}
+
+#[test]
+fn our_format_is_read_packed_and_plain() {
+    let packed = read(&data("tiny.trace.xz"), None).unwrap();
+    assert_eq!(packed.name, "tiny");
+    let expected = [
+        "0 @ begin",
+        "10 m 100000000:1000,100004000:2000",
+        "20 m 100001000:1000",
+        "30 u 1",
+        "40 u 2",
+        "40 @ end",
+    ];
+    assert_eq!(shape(&packed), expected);
+    let plain = "m 5 1 1000:1000\r\nu 4 1\n";
+    assert_eq!(shape(&parse(plain, None).unwrap()), ["5 m 1000:1000", "5 u 0"], "time never runs back");
+}
+
+#[test]
+fn damage_is_reported_with_its_line() {
+    for (text, line, what) in [
+        ("m 1 1 1000:1000\nm 2 1 1000:1000\n", 2, "mapped already"),
+        ("m 1 1 1000:1000\nu 2 7\n", 2, "not mapped"),
+        ("# x\nm x 1 1000:1000\n", 2, "time"),
+        ("m 1 1\n", 1, "ADDRESS:LENGTH"),
+        ("m 1 1 1000\n", 1, "ADDRESS:LENGTH"),
+        ("m 1 1 1000:0\n", 1, "empty"),
+        ("m 1 1 ffffffffffffffff:2\n", 1, "52 bits"),
+    ] {
+        match parse(text, None) {
+            Err(ReadError::Line { line: at, what: said, .. }) => {
+                assert_eq!(at, line, "{text}");
+                assert!(said.contains(what), "{text}: {said}");
+            }
+            other => panic!("{text}: {other:?}"),
+        }
+    }
+    assert!(matches!(parse("nothing here\n", None), Err(ReadError::Empty(_))));
+    assert!(matches!(read(Path::new("generated:nonsense"), None), Err(ReadError::Generated(_))));
+    assert!(matches!(read(Path::new("no/such/file"), None), Err(ReadError::Io { .. })));
+}
+
+/// As `include/trace/events/dma.h` of Linux 6.12 to 7.x prints them.
+const EVENTS: &str = "\
+# tracer: nop
+     Xorg-812     [001] d..1.   100.000010: dma_map_page: 0000:01:00.0 dir=BIDIRECTIONAL dma_addr=fff00000 size=4096 phys_addr=12345000 attrs=SKIP_CPU_SYNC
+     Xorg-812     [001] .....   100.000020: dma_map_phys: 0000:01:00.0 dir=TO_DEVICE dma_addr=fe000000 size=65536 phys_addr=e0000000 attrs=MMIO
+     Xorg-812     [001] .....   100.000030: dma_alloc: 0000:01:00.0 dir=BIDIRECTIONAL dma_addr=22000000 size=100 virt_addr=0000000012345678 flags=GFP_KERNEL attrs=
+     Xorg-812     [000] .....   100.000040: dma_map_sg: 0000:01:00.0 dir=BIDIRECTIONAL nents=2/3 ents=2/3 [TRUNCATED] dma_addrs={0xa000,0xc000} sizes={0x1000,0x2000} phys_addrs={0x30000000,0x30010000} attrs=
+     Xorg-812     [000] .....   100.000050: dma_sync_sg_for_cpu: 0000:01:00.0 dir=FROM_DEVICE dma_addrs={0xa000} sizes={0x1000}
+     Xorg-812     [000] .....   100.000055: dma_map_sg: 0000:01:00.0 dir=BIDIRECTIONAL dma_addrs={0xd000} sizes={0x2000} phys_addrs={0x40000000,0x40001000} attrs=
+     Xorg-812     [000] .....   100.000060: dma_unmap_sg: 0000:01:00.0 dir=BIDIRECTIONAL phys_addrs={0x30000000,0x30010000,0x30020000} attrs=
+     Xorg-812     [001] .....   100.000070: dma_unmap_phys: 0000:01:00.0 dir=BIDIRECTIONAL dma_addr=fff00000 size=4096 attrs=
+     Xorg-812     [001] .....   100.000080: dma_unmap_page: 0000:01:00.0 dir=BIDIRECTIONAL dma_addr=77000000 size=4096 attrs=
+     Xorg-812     [001] .....   100.000090: dma_free: 0000:01:00.0 dir=BIDIRECTIONAL dma_addr=22000000 size=100 virt_addr=0000000012345678 attrs=
+     Xorg-812     [001] .....   100.000091: sched_switch: nothing of ours
+";
+
+#[test]
+fn kernel_events_are_read() {
+    let trace = parse(EVENTS, None).unwrap();
+    let expected = [
+        "100000010 m 12345000:1000",
+        "100000030 m 22000000:1000",
+        // The third entry was cut; the unmapping has it.
+        "100000040 m 30000000:1000,30010000:2000,30020000:1000",
+        // Merged on the bus by an IOMMU.
+        "100000055 m 40000000:1000,40001000:1000",
+        "100000060 u 2",
+        "100000070 u 0",
+        "100000090 u 1",
+    ];
+    assert_eq!(shape(&trace), expected);
+}
+
+#[test]
+fn devices_are_told_apart() {
+    let two = EVENTS.to_owned() + &EVENTS.replace("01:00.0", "02:00.0");
+    let error = parse(&two, None).unwrap_err().to_string();
+    assert!(error.contains("--device") && error.contains("0000:02:00.0 (7)"), "{error}");
+    assert_eq!(parse(&two, Some("0000:02:00.0")).unwrap().calls.len(), 7);
+    assert!(matches!(parse(&two, Some("0000:03:00.0")), Err(ReadError::NoDevice { .. })));
+}
+
+fn fit(args: &[&str]) -> (bool, String) {
+    let cli = Cli::try_parse_from([&["fit"], args].concat()).expect("arguments");
+    let mut out = Vec::new();
+    let fits = run(&cli.args, &mut out).expect("run");
+    (fits, String::from_utf8(out).unwrap())
+}
+
+#[test]
+fn json_has_the_promised_shape() {
+    let path = data("tiny.trace.xz");
+    let (fits, text) = fit(&[path.to_str().unwrap(), "--json", "--tightest"]);
+    assert!(fits);
+    let json: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(json["trace"], "tiny");
+    assert_eq!(json.as_object().unwrap().len(), 2);
+    for (policy, entries, bytes) in
+        [("adaptive", 1, 16384 * 2), ("fixed-256k", 1, 262_144), ("none", 2, 16384 * 2)]
+    {
+        let row = &json["policies"][policy];
+        assert_eq!(row["peak_live_bytes"], 0x4000, "{policy}");
+        assert_eq!(row["fits"], true);
+        assert_eq!(row["tightest_entries"], entries, "{policy}");
+        assert_eq!(row["tightest_bytes"], bytes, "{policy}");
+        let keys = ["peak_entries", "peak_mapped_bytes", "host_calls", "host_round_trips"];
+        assert!(keys.iter().all(|key| row[key].is_u64()), "{row}");
+        assert_eq!(row.as_object().unwrap().len(), 8);
+    }
+}
+
+#[test]
+fn what_does_not_fit_says_when_and_why() {
+    let path = data("tiny.trace.xz");
+    let (fits, text) = fit(&[path.to_str().unwrap(), "--limit-bytes", "16K"]);
+    assert!(!fits);
+    assert!(text.contains("does not fit: call 1 at 0.000 s after \"begin\""), "{text}");
+    assert!(text.contains("the byte budget is used up"), "{text}");
+}
+
+#[test]
+fn plots_are_well_formed() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, plot) = (data("tiny.trace.xz"), folder.path().join("plot.svg"));
+    fit(&[path.to_str().unwrap(), "--plot", plot.to_str().unwrap()]);
+    let svg = std::fs::read_to_string(plot).unwrap();
+    assert!(svg.starts_with("<svg ") && svg.ends_with("</svg>\n"));
+    assert_eq!(svg.matches("<polyline ").count(), 6, "entries and bytes of three policies");
+    assert!(!svg.contains("NaN") && !svg.contains("inf"));
+}
+
+#[test]
+fn limits_are_checked() {
+    for bad in ["1", "0", "16X", "-1", "999999999999G", ""] {
+        assert!(Cli::try_parse_from(["fit", "x", "--limit-bytes", bad]).is_err(), "{bad}");
+    }
+    assert!(Cli::try_parse_from(["fit", "x", "--limit-entries", "0"]).is_err());
+    assert!(Cli::try_parse_from(["fit"]).is_err());
+}
+
+proptest! {
+    /// No text makes the reader panic.
+    #[test]
+    fn any_text_is_read_or_refused(lines in prop::collection::vec(
+        prop_oneof![
+            "[mu@#] [0-9]{1,4} [0-9]{1,2} [0-9a-f]{1,16}:[0-9a-f]{1,16}",
+            "x 1.5: dma_(un)?map_(sg|phys|page): dev (dma_addr|size|phys_addrs|sizes)=[{}0-9a-fx,]{0,12} (phys_addr|sizes|size)=[{}0-9a-f,]{0,9}",
+            ".{0,40}",
+        ], 0..12,
+    )) {
+        let _ = parse(&lines.join("\n"), None);
+    }
+}
