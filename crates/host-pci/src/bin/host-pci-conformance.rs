@@ -18,31 +18,31 @@ fn main() -> ExitCode {
 #[cfg(target_os = "linux")]
 mod linux {
     use outboard_bus::{Width, poll_readable};
+    use outboard_host_pci::Selection;
     use outboard_host_pci::conformance::{self, Subject, Verdict};
     use outboard_host_pci::host::Host;
     use outboard_host_pci::vfio::DmaPolicy;
-    use outboard_host_pci::{PciAddress, Selection};
     use std::process::ExitCode;
-    use std::sync::Arc;
     use std::time::{Duration, Instant};
 
     const USAGE: &str = "\
-usage: host-pci-conformance BUS:DEVICE.FUNCTION [NAME]...
-       host-pci-conformance BUS:DEVICE.FUNCTION --await-removal
+usage: host-pci-conformance BUS:DEVICE[.FUNCTION] [NAME]...
+       host-pci-conformance BUS:DEVICE[.FUNCTION] --await-removal
 
-Runs the cases whose names contain one of the NAMEs, or all, on a function that is bound to vfio-pci.
+Runs the cases whose names contain one of the NAMEs, or all, on a function that is bound to vfio-pci;
+of a whole slot on its first function, with the others open beside it.
 
   --await-removal   hold the function open until the host wants it back, at most a minute, then give it back";
 
     pub fn main() -> ExitCode {
         let mut arguments = std::env::args().skip(1);
-        let Some(address) = arguments.next().and_then(|a| a.parse().ok()) else {
+        let Some(selection) = arguments.next().and_then(|a| a.parse().ok()) else {
             eprintln!("{USAGE}");
             return ExitCode::from(2);
         };
         let names: Vec<String> = arguments.collect();
         if names == ["--await-removal"] {
-            return match await_removal(address) {
+            return match await_removal(selection) {
                 Ok(()) => ExitCode::SUCCESS,
                 Err(error) => {
                     println!("{error}");
@@ -50,11 +50,11 @@ Runs the cases whose names contain one of the NAMEs, or all, on a function that 
                 }
             };
         }
-        if run(address, &names) { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+        if run(selection, &names) { ExitCode::SUCCESS } else { ExitCode::FAILURE }
     }
 
-    fn run(address: PciAddress, names: &[String]) -> bool {
-        let open = || open(address);
+    fn run(selection: Selection, names: &[String]) -> bool {
+        let open = || open(selection);
         let (mut passed, mut skipped, mut failed) = (0, 0, 0);
         for case in conformance::cases() {
             if !names.is_empty() && !names.iter().any(|n| case.name.contains(n.as_str())) {
@@ -78,36 +78,34 @@ Runs the cases whose names contain one of the NAMEs, or all, on a function that 
                 }
             }
         }
-        println!("{address}: {passed} passed, {skipped} skipped, {failed} failed");
+        println!("{selection}: {passed} passed, {skipped} skipped, {failed} failed");
         failed == 0 && passed > 0
     }
 
-    fn await_removal(address: PciAddress) -> Result<(), String> {
-        let subject = open(address)?;
+    fn await_removal(selection: Selection) -> Result<(), String> {
+        let subject = open(selection)?;
         let function = &subject.function;
         function.set_bus_master(true).map_err(|e| e.to_string())?;
-        println!("{address}: waiting for its removal");
+        println!("{selection}: waiting for its removal");
         let started = Instant::now();
         let gone = poll_readable(&[function.removal()], Some(Duration::from_secs(60)));
         if !gone.map_err(|e| e.to_string())?[0] {
-            return Err(format!("{address} was not removed"));
+            return Err(format!("{selection} was not removed"));
         }
         println!(
-            "{address}: removal after {} ms; class {:x?}",
+            "{selection}: removal after {} ms; class {:x?}",
             started.elapsed().as_millis(),
             function.config_read(8, Width::B4)
         );
         drop(subject);
-        println!("{address}: given back after {} ms", started.elapsed().as_millis());
+        println!("{selection}: given back after {} ms", started.elapsed().as_millis());
         Ok(())
     }
 
-    /// Opens the function alone.
-    fn open(address: PciAddress) -> Result<Subject, String> {
+    fn open(selection: Selection) -> Result<Subject, String> {
         let host = Host::this().map_err(|e| e.to_string())?;
-        let opened =
-            host.open_slot(Selection::from(address), DmaPolicy::Identity).map_err(|e| e.to_string())?;
-        let function = opened.functions.first().ok_or("nothing was opened")?;
-        Ok(Subject { function: Arc::clone(function), domain: opened.domain })
+        let mut opened = host.open_slot(selection, DmaPolicy::Identity).map_err(|e| e.to_string())?;
+        let function = opened.functions.remove(0);
+        Ok(Subject { function, domain: opened.domain, beside: opened.functions })
     }
 }

@@ -24,6 +24,8 @@ pub struct Subject {
     pub function: Arc<dyn HostFunction>,
     /// Its domain.
     pub domain: Arc<dyn DmaDomain>,
+    /// Other functions of its slot, open beside it.
+    pub beside: Vec<Arc<dyn HostFunction>>,
 }
 
 /// Opens the function under test; called again and again, never while it is open.

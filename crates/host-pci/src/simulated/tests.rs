@@ -17,7 +17,7 @@ fn conform(model: Model) -> Vec<&'static str> {
     let open = || {
         let domain = SimulatedDomain::new();
         let function = device.open(&domain).map_err(|e| e.to_string())?;
-        Ok(Subject { function: Arc::new(function), domain })
+        Ok(Subject { function: Arc::new(function), domain, beside: vec![] })
     };
     let mut skipped = vec![];
     for case in conformance::cases() {
