@@ -14,7 +14,8 @@ use std::thread::JoinHandle;
 pub enum Vacated {
     /// The guest let go of it, after [`Slot::request_eject`] or by itself.
     Ejected,
-    /// These functions were lost while the guest had them; the slot's others went with them.
+    /// A function was lost while the guest had it, and all of the slot with it: each function with its loss. One that only went with
+    /// another counts as [`Loss::Gone`] here.
     Lost(Vec<(PciAddress, Loss)>),
 }
 
@@ -155,16 +156,9 @@ impl Shared {
 
     /// The device is gone: the guest is told by the link, its accesses read all-ones, its mappings are taken away.
     fn lost(&self) {
-        let mut losses = Vec::new();
-        for function in &self.functions {
-            // Which one it was is known before all are withdrawn: a cable takes them all, a failed reset one.
-            let removed = poll_readable(&[function.removal()], Some(std::time::Duration::ZERO));
-            if function.loss().is_some() || removed.is_ok_and(|ready| ready[0]) {
-                function.withdraw();
-                losses.extend(function.loss().map(|loss| (function.host().identity().address, loss)));
-            }
-        }
         self.functions.iter().for_each(|function| function.withdraw());
+        let loss = |function: &Arc<Function>| Some((function.host().identity().address, function.loss()?));
+        let losses = self.functions.iter().filter_map(loss).collect();
         self.empty();
         self.listener.vacated(Vacated::Lost(losses));
     }

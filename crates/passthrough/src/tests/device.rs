@@ -322,6 +322,8 @@ impl MsiSink for Sent {
 /// Binds events as KVM's irqfd does: what an event holds when it is bound is delivered and stays in it.
 #[derive(Default)]
 pub(super) struct FakeBinder {
+    /// The device signals while it is being bound.
+    pub(super) signal_at_bind: AtomicBool,
     bound: Mutex<Vec<Bound>>,
     delivered: Mutex<Vec<MsiMessage>>,
 }
@@ -360,6 +362,9 @@ impl VectorBinder for FakeBinder {
         let mut bound = self.bound.lock().unwrap();
         let number = event.as_fd().as_raw_fd();
         assert!(bound.iter().all(|b| b.event != number), "bound twice");
+        if self.signal_at_bind.load(Ordering::SeqCst) {
+            event.signal();
+        }
         if poll_readable(&[event.as_fd()], Some(std::time::Duration::ZERO)).unwrap()[0] {
             self.delivered.lock().unwrap().push(message);
         }

@@ -67,6 +67,26 @@ fn b6_a_masked_vector_pends_and_unmasking_delivers_exactly_once() {
 }
 
 #[test]
+fn b6_an_interrupt_while_a_vector_is_being_bound_comes_once() {
+    let (rig, binder) = kernel_rig();
+    binder.signal_at_bind.store(true, Ordering::SeqCst);
+    use_msix(&rig, 1);
+    assert_eq!((binder.deliver(), rig.sent.take()), (vec![message(101)], vec![]));
+    rig.bus.write(0x2000_4000 + 16 + 12, Width::B4, 1);
+    assert_eq!(rig.bus.read(0x2000_5000, Width::B8), 0);
+}
+
+#[test]
+fn a_late_interrupt_does_not_assert_a_pin_that_was_given_up() {
+    let rig = Rig::new();
+    rig.place();
+    let sink = rig.host.sink.lock().unwrap().as_ref().unwrap().2.clone();
+    rig.write(4, Width::B2, 0x406);
+    sink.raise(0);
+    assert!(!rig.line.0.load(Ordering::SeqCst));
+}
+
+#[test]
 fn b6_function_mask_disable_and_reset_in_all_orders_lose_and_invent_nothing() {
     type Step = fn(&Rig);
     let steps: [Step; 4] = [
