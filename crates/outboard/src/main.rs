@@ -23,6 +23,8 @@ enum Command {
     Run(Box<run::RunArgs>),
     /// Show the host's PCI devices, and make them ready for a guest.
     Devices(devices::DevicesArgs),
+    /// Replay DMA traces: would they fit a Mac's limits, and with which policy?
+    Fit(outboard_fit::Args),
 }
 
 const EXIT_STATUS: &str = "Exit status:
@@ -39,9 +41,22 @@ fn main() -> ExitCode {
     let status = match cli.command {
         Command::Run(args) => run::run(&args),
         Command::Devices(args) => devices::devices(&args),
+        Command::Fit(args) => fit(&args),
     };
     outboard_machine::restore_terminal();
     status
+}
+
+/// Status 0 if every trace fits with Outboard's own policy, 1 if one does not or cannot be read.
+fn fit(args: &outboard_fit::Args) -> ExitCode {
+    match outboard_fit::run(args, &mut std::io::stdout().lock()) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("outboard: {error}");
+            ExitCode::FAILURE
+        }
+    }
 }
 
 /// A panic of ours is a bug; it must not leave the user's terminal unusable too.
