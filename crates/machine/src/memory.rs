@@ -4,7 +4,7 @@
 
 use crate::Error;
 use outboard_host_pci::{BusAddress, DmaDomain};
-use outboard_hypervisor::{GRANULE, MemoryKind, Vm};
+use outboard_hypervisor::{MemoryKind, Vm};
 use outboard_platform::GuestMemory;
 use std::io;
 use std::ops::Range;
@@ -95,11 +95,14 @@ impl Drop for Ram {
     }
 }
 
-/// A mapping aligned to [`GRANULE`], which the host's own pages may not be: reserves more and gives the ends back.
+/// Alignment of RAM in this process: that of RAM in the guest (2 MiB), so that the hypervisor can map it in blocks. A VM whose RAM is only
+/// page-aligned faults for each 4 KiB page: measured in the lab, a guest's boot then takes about 40,000 exits more.
+const ALIGN: usize = 2 << 20;
+
+/// A mapping with that alignment: reserves more and gives the ends back.
 fn allocate(range: &Range<u64>) -> io::Result<(GuestMemory, NonNull<u8>)> {
-    const EXTRA: usize = GRANULE as usize;
     let size = usize::try_from(range.end - range.start).map_err(io::Error::other)?;
-    let padded = size.checked_add(EXTRA).ok_or(io::ErrorKind::OutOfMemory)?;
+    let padded = size.checked_add(ALIGN).ok_or(io::ErrorKind::OutOfMemory)?;
     let flags = libc::MAP_PRIVATE | libc::MAP_ANON | libc::MAP_NORESERVE;
     let prot = libc::PROT_READ | libc::PROT_WRITE;
     // SAFETY: a fresh anonymous mapping at an address of the kernel's choice.
@@ -107,15 +110,15 @@ fn allocate(range: &Range<u64>) -> io::Result<(GuestMemory, NonNull<u8>)> {
     if start == libc::MAP_FAILED {
         return Err(io::Error::last_os_error());
     }
-    let head = (start as usize).next_multiple_of(EXTRA) - start as usize;
-    // SAFETY: head < EXTRA, so `size` bytes from the aligned address lie within the mapping just made, with EXTRA - head
+    let head = (start as usize).next_multiple_of(ALIGN) - start as usize;
+    // SAFETY: head < ALIGN, so `size` bytes from the aligned address lie within the mapping just made, with ALIGN - head
     // bytes after them; nobody refers to the two ends given back.
     let aligned = unsafe {
         let aligned = start.cast::<u8>().add(head);
         if head > 0 {
             libc::munmap(start, head);
         }
-        libc::munmap(aligned.add(size).cast(), EXTRA - head);
+        libc::munmap(aligned.add(size).cast(), ALIGN - head);
         aligned
     };
     prefer_huge_pages(aligned, size);
@@ -171,7 +174,7 @@ mod tests {
         let range = 0x4000_0000..0x4000_0000 + (8 << 20);
         for _ in 0..3 {
             let (memory, host) = allocate(&range).unwrap();
-            assert_eq!(host.as_ptr() as u64 % GRANULE, 0);
+            assert_eq!(host.as_ptr() as usize % ALIGN, 0);
             for at in [range.start, range.end - 8] {
                 memory.write_obj(at, GuestAddress(at)).unwrap();
                 assert_eq!(memory.read_obj::<u64>(GuestAddress(at)).unwrap(), at);
