@@ -221,7 +221,11 @@ pub fn run_case(
                 report.cases.push(CaseResult { name, outcome, counts: true, ms: None });
             }
             Event::Done { outcome, ms, .. } => {
-                progress.end();
+                if demo {
+                    progress.forget();
+                } else {
+                    progress.end();
+                }
                 if let (true, Outcome::Failed(reason)) = (demo, &outcome) {
                     bail!("{reason}\n{}", session.console_tail());
                 }

@@ -139,6 +139,12 @@ impl Progress {
         }
     }
 
+    /// The running phase is over and was only the sum of others: it is not reported.
+    pub fn forget(&mut self) {
+        self.clear();
+        self.current = None;
+    }
+
     /// A phase that someone else has timed.
     pub fn done(&mut self, name: &str, ms: u64) {
         self.say(&format!("  {:<28} {:>8.1} s", name, Duration::from_millis(ms).as_secs_f64()));

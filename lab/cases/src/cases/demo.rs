@@ -49,7 +49,7 @@ fn demo_host(host: &Host) -> Result<Option<String>> {
     let (to_init, uptime) = vm.init()?;
     let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
     host.send(&crate::protocol::Event::Phase {
-        name: "start the monitor".into(),
+        name: "monitor and early kernel".into(),
         ms: millis(to_init.saturating_sub(uptime)),
     });
     host.send(&crate::protocol::Event::Phase { name: "guest kernel".into(), ms: millis(uptime) });
