@@ -221,13 +221,13 @@ pub fn run_case(
                 report.cases.push(CaseResult { name, outcome, counts: true, ms: None });
             }
             Event::Done { outcome, ms, .. } => {
+                if let (true, Outcome::Failed(reason)) = (demo, &outcome) {
+                    bail!("{reason}\n{}", session.console_tail());
+                }
                 if demo {
                     progress.forget();
                 } else {
                     progress.end();
-                }
-                if let (true, Outcome::Failed(reason)) = (demo, &outcome) {
-                    bail!("{reason}\n{}", session.console_tail());
                 }
                 let counts = parts == Counts::default() || matches!(outcome, Outcome::Failed(_));
                 let outcome = match outcome {
