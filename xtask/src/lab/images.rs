@@ -12,14 +12,16 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Modules that the emulated host loads at once: the shared folders.
-const HOST_MODULES: [&str; 4] = ["virtio_pci", "virtio_console", "9p", "9pnet_virtio"];
+/// Modules that the emulated host loads at once: the shared folders, and what hands PCI devices to a guest.
+const HOST_MODULES: [&str; 6] =
+    ["virtio_pci", "virtio_console", "9p", "9pnet_virtio", "vfio_iommu_type1", "vfio_pci"];
 /// The emulated host's kernel. From 6.3 on KVM traps a guest's reads of CTR_EL0 on CPUs without FEAT_EVT, which QEMU 7.2 does not emulate: a
 /// guest that starts reads it 100,000 times while it patches itself, and each trap costs the emulated host some 60 us. Measured: from the
 /// monitor's start to the guest's init 12.8 s on a 6.12 host, 6.0 s on a 6.1 host.
 const HOST_KERNEL: Kernel = Kernel::V6_1;
 /// Modules that guest halves may ask for.
-const GUEST_MODULES: [&str; 7] = [
+const GUEST_MODULES: [&str; 8] = [
+    "nvme",
     "virtio_blk",
     "virtio_net",
     "virtio_rng",

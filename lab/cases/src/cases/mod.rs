@@ -9,6 +9,7 @@ mod devices;
 mod disk;
 mod hypervisor;
 mod net;
+mod passthrough;
 mod power;
 mod vsock;
 
@@ -24,6 +25,7 @@ pub(crate) fn table() -> Vec<Case> {
         disk::cases(),
         net::cases(),
         vsock::cases(),
+        passthrough::cases(),
         bad_input::cases(),
         abuse::cases(),
         bench::cases(),

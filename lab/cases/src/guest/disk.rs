@@ -24,6 +24,15 @@ impl GuestDisk {
     /// Opens `/dev/NAME` (`vda`, `vdb`, …) as soon as it is there.
     pub fn open(guest: &mut Guest, name: &str, write: bool) -> Result<Self> {
         guest.need("virtio_blk")?;
+        Self::wait_open(name, write)
+    }
+
+    /// Opens the first NVMe disk for writing, whose driver is loaded.
+    pub fn nvme() -> Result<Self> {
+        Self::wait_open("nvme0n1", true)
+    }
+
+    fn wait_open(name: &str, write: bool) -> Result<Self> {
         let path = PathBuf::from("/dev").join(name);
         wait_for(&format!("disk {name}"), Duration::from_secs(20), || path.exists().then_some(()))?;
         let file = OpenOptions::new()
