@@ -98,7 +98,11 @@ fn chosen(options: &Options) -> Result<Vec<String>> {
     if options.cases {
         return Ok(test_cases());
     }
-    if options.names.is_empty() { Ok(vec!["demo".into()]) } else { Ok(options.names.clone()) }
+    if options.names.is_empty() {
+        Ok(vec!["demo".into(), "passthrough-nvme".into()])
+    } else {
+        Ok(options.names.clone())
+    }
 }
 
 /// Runs all cases and returns how many ended how. Those that ran count even when the lab breaks down in the middle.
@@ -208,6 +212,7 @@ pub fn run_case(
                 progress.done(&phase, ms);
             }
             Event::Fact(key, value) if key == "guest" => report.guest = value,
+            Event::Fact(key, value) if key == "device" => report.device = value,
             Event::Fact(key, value) => {
                 report.facts.insert(key, value);
             }
@@ -258,6 +263,9 @@ fn print_summary(report: &Report, took: Duration) {
     }
     if !report.guest.is_null() {
         println!("  guest: {}", report.guest);
+    }
+    if !report.device.is_null() {
+        println!("  device: {}", report.device);
     }
     let counts = report.counts();
     println!(

@@ -19,7 +19,7 @@ pub struct Report {
     pub phases: Vec<Phase>,
     /// The guest of the demonstration, if one ran.
     pub guest: serde_json::Value,
-    /// The PCI device passed through; null while Outboard passes none.
+    /// The PCI device passed through, if a case did that.
     pub device: serde_json::Value,
     /// What the demonstration found.
     pub facts: BTreeMap<String, serde_json::Value>,

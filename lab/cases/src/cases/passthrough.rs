@@ -6,6 +6,7 @@ use crate::guest::Guest;
 use crate::guest::disk::GuestDisk;
 use crate::host::{Host, Kernel, outboard_path};
 use anyhow::{Context, Result, bail, ensure};
+use serde_json::json;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
@@ -39,7 +40,7 @@ fn host(host: &Host) -> Result<Option<String>> {
         let interrupts = vm.note("interrupts", STEP)?.as_u64().context("a number of interrupts")?;
         ensure!(interrupts > 0, "no MSI-X interrupt arrived in the guest");
         vm.finish(STEP)?;
-        host.fact("device", format!("{address}: NVMe, {interrupts} MSI-X interrupts in the guest"));
+        host.fact("device", json!({ "address": address, "driver": "nvme", "interrupts": interrupts }));
     }
     outboard(&["devices", "release", &address])?;
     let faults = smmu_faults()?;
