@@ -2,7 +2,7 @@
 
 use crate::conformance::asm::{Asm, Extend, SysReg, XZR};
 use crate::conformance::guest::{self, report, start};
-use crate::conformance::rig::{Bench, Context, Cpu, MMIO, Outcome, RAM, expect, fail};
+use crate::conformance::rig::{Bench, Context, Cpu, MMIO, Outcome, RAM, exception_class, expect, fail};
 use crate::conformance::{Case, case};
 use crate::{Exit, Register};
 use std::sync::atomic::Ordering;
@@ -211,7 +211,7 @@ fn addresses(context: &Context) -> Outcome {
 /// (Arm DDI 0487, D19.2.37.)
 fn expect_external_abort(exception: (u64, u64, u64), pc: u64, far: u64) -> Outcome {
     let (esr, elr, fault_address) = exception;
-    expect("exception class", esr >> 26, 0x25)?;
+    expect("exception class", exception_class(esr), 0x25)?;
     expect("fault status", esr & 0x3f, 0x10)?;
     expect("ELR", elr, pc)?;
     expect("FAR", fault_address, far)

@@ -3,7 +3,8 @@
 use crate::conformance::crew::{ANSWER, Crew, Event};
 use crate::conformance::guest::{self, report, start};
 use crate::conformance::rig::{
-    Bench, Context, HostMemory, Outcome, RAM, RAM_SIZE, Stop, expect, expect_refusal, fail, gic_config,
+    Bench, Context, HostMemory, Outcome, RAM, RAM_SIZE, Stop, exception_class, expect, expect_refusal, fail,
+    gic_config,
 };
 use crate::conformance::{Case, case};
 use crate::{Error, Exit, GRANULE, MemoryKind};
@@ -249,7 +250,7 @@ fn expect_fetch_fault(bench: &Bench<'_>, target: u64) -> Outcome {
     bench.load(a);
     let mut cpu = bench.boot_cpu()?;
     let (esr, elr, far) = cpu.exception()?;
-    expect("exception class", esr >> 26, INSTRUCTION_ABORT)?;
+    expect("exception class", exception_class(esr), INSTRUCTION_ABORT)?;
     expect("ELR and FAR", (elr, far), (target, target))
 }
 
