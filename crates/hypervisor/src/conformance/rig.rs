@@ -83,8 +83,8 @@ pub fn expect<T: PartialEq + fmt::Debug>(what: impl fmt::Display, got: T, want: 
     if got == want { Ok(()) } else { fail(format!("{what}: {got:x?}, expected {want:x?}")) }
 }
 
-/// The exception class of an ESR_EL1: bits 31:26 (Arm DDI 0487, D19.2.37). Linux before 6.3 extends the sign of the syndromes it injects into
-/// the reserved bits above; that is KVM's fault, not the back end's.
+/// The exception class of an ESR_EL1: bits 31:26 (Arm DDI 0487, D19.2.37). KVM of Linux 6.1 extends the sign of the syndromes it injects into
+/// the reserved bits above (seen in the lab).
 pub const fn exception_class(esr: u64) -> u64 {
     esr >> 26 & 0x3f
 }
