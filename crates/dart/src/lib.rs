@@ -185,6 +185,7 @@ pub struct Dart {
     next_handle: u64,
     device_active: bool,
     panic: Option<Panic>,
+    panics: u64,
 }
 
 impl Dart {
@@ -212,6 +213,7 @@ impl Dart {
                     next_handle: 1,
                     device_active: false,
                     panic: None,
+                    panics: 0,
                 })
             }
             _ => Err(ConfigError { first, last, bytes, entries }),
@@ -305,6 +307,11 @@ impl Dart {
         self.panic
     }
 
+    /// How many times something would have panicked a Mac.
+    pub fn panics(&self) -> u64 {
+        self.panics
+    }
+
     /// The configuration.
     pub fn config(&self) -> Config {
         self.config
@@ -356,6 +363,7 @@ impl Dart {
     }
 
     fn note(&mut self, panic: Panic) {
+        self.panics += 1;
         self.panic.get_or_insert(panic);
     }
 }

@@ -80,6 +80,16 @@ pub enum Error {
         /// Asked for.
         len: u64,
     },
+    /// There is room once addresses that were unmapped have returned.
+    #[error(
+        "no {len:#x} bytes of DMA addresses are free until ones that were unmapped have returned, in {until:?}"
+    )]
+    Returning {
+        /// Asked for.
+        len: u64,
+        /// Until the next ones return.
+        until: std::time::Duration,
+    },
     /// Exactly this was not mapped.
     #[error("nothing is mapped for DMA as {len:#x} bytes at bus address {address:#x}")]
     NotMapped {

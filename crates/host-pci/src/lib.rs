@@ -9,12 +9,16 @@ pub mod conformance;
 mod error;
 mod fingerprint;
 pub mod host;
+mod mac;
+mod policy;
 pub mod simulated;
 #[cfg(target_os = "linux")]
 pub mod vfio;
 
 pub use address::{AddressError, PciAddress, Selection};
 pub use error::{Error, Result};
+pub use outboard_dart::Release;
+pub use policy::{DmaPolicy, PolicyError};
 
 use outboard_bus::Width;
 use std::ops::Range;
@@ -240,6 +244,19 @@ pub struct DmaLimits {
     pub address_bits: u8,
 }
 
+/// What a [`DmaDomain`] holds now.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DmaUsage {
+    /// Bytes mapped.
+    pub bytes: u64,
+    /// Mappings.
+    pub entries: u32,
+    /// How many times something was done that would have panicked a Mac, each a bug of ours; counted by a domain that plays one.
+    pub mistakes: u64,
+    /// The first of them.
+    pub first_mistake: Option<String>,
+}
+
 /// An address as the device sees memory (an IOVA).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BusAddress(pub u64);
@@ -255,7 +272,8 @@ pub trait DmaDomain: Send + Sync {
     /// the domain's choice: an identity domain answers `guest`, a Mac's whatever is free.
     ///
     /// # Errors
-    /// [`Error::Unaligned`], [`Error::OutOfBytes`], [`Error::OutOfEntries`], [`Error::Fragmented`], [`Error::Host`]. Nothing is mapped then.
+    /// [`Error::Unaligned`], [`Error::OutOfBytes`], [`Error::OutOfEntries`], [`Error::Fragmented`], [`Error::Returning`], [`Error::Host`]. Nothing
+    /// is mapped then. Limits are kept by own accounting: no host is ever asked for more than it has.
     ///
     /// # Safety
     /// `host..host + len` must stay mapped in this process until it is unmapped here and the device can no longer write to it. The
@@ -264,11 +282,14 @@ pub trait DmaDomain: Send + Sync {
     unsafe fn map(&self, host: NonNull<u8>, len: u64, guest: u64) -> Result<BusAddress>;
 
     /// Takes away a mapping, whole, as [`DmaDomain::map`] made it. When it returns the device no longer reaches the memory. The caller has seen to
-    /// it that the device does not use it any more: a Mac may panic otherwise.
+    /// it that the device does not use it any more, or has the guest's word for that (`release`): a Mac may panic otherwise.
     ///
     /// # Errors
     /// [`Error::NotMapped`], [`Error::Host`]; on the latter the memory must be kept.
-    fn unmap(&self, address: BusAddress, len: u64) -> Result<()>;
+    fn unmap(&self, address: BusAddress, len: u64, release: Release) -> Result<()>;
+
+    /// What it holds.
+    fn usage(&self) -> DmaUsage;
 }
 
 /// Refuses what is no multiple of [`GRANULE`].

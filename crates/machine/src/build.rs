@@ -172,7 +172,7 @@ impl Machine {
     }
 }
 
-/// The host's slots, each with all of guest RAM in its DMA domain.
+/// The host's slots, each with all of guest RAM in its DMA domain unless the guest asks for what it needs.
 fn plug_slots(
     host: &Host,
     first_port: u8,
@@ -181,7 +181,7 @@ fn plug_slots(
     connections: &Connections<'_>,
 ) -> Result<BTreeMap<u8, GuestSlot>, Error> {
     let plug = |(device, slot): (u8, &HostSlot)| {
-        let memory = ram.map_for_dma(slot.domain())?;
+        let memory = if slot.asks() { None } else { Some(ram.map_for_dma(slot.domain())?) };
         Ok((device, GuestSlot::plug(slot, device, root, memory, connections)?))
     };
     (first_port..).zip(&host.slots).map(plug).collect()

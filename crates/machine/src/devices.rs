@@ -81,7 +81,7 @@ impl Host {
                 DeviceKind::Entropy => Box::new(Entropy::new()),
             });
         }
-        let slots = spec.devices.iter().map(|s| HostSlot::open(*s)).collect::<Result<_, _>>()?;
+        let slots = spec.devices.iter().map(|device| HostSlot::open(*device)).collect::<Result<_, _>>()?;
         // The terminal last: nothing that fails after it leaves it raw for long.
         let console = Arc::new(Mutex::new(ConsoleHost::open(&spec.console)?));
         Ok(Self { console, panic_watch, devices, slots })

@@ -19,7 +19,7 @@ pub use console::ConsoleTarget;
 pub use error::Error;
 pub use plan::Plan;
 pub use run::{Outcome, run};
-pub use spec::{DiskSpec, MachineSpec, VsockSpec};
+pub use spec::{DeviceSpec, DiskSpec, MachineSpec, VsockSpec, parse_size};
 pub use terminal::restore_terminal;
 
 /// Exit status of a process whose machine was stopped hard.

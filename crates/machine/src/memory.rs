@@ -3,7 +3,7 @@
 #![allow(unsafe_code)] // UNSAFETY: mmap(2) with an alignment has no wrapper; the VM takes a raw pointer to it.
 
 use crate::Error;
-use outboard_host_pci::{BusAddress, DmaDomain};
+use outboard_host_pci::{BusAddress, DmaDomain, Release};
 use outboard_hypervisor::{MemoryKind, Vm};
 use outboard_platform::GuestMemory;
 use std::io;
@@ -74,7 +74,7 @@ impl Ram {
 
 impl Drop for DmaMapping {
     fn drop(&mut self) {
-        if let Err(error) = self.domain.unmap(self.address, self.len) {
+        if let Err(error) = self.domain.unmap(self.address, self.len, Release::TearDown) {
             tracing::error!(
                 "guest memory could not be taken out of the device's reach: {error}; it stays allocated"
             );

@@ -2,10 +2,10 @@
 
 #![allow(unsafe_code)] // UNSAFETY: BARs are mapped into the VM from raw addresses.
 
-use crate::Error;
 use crate::intx::IntxLines;
 use crate::memory::DmaMapping;
 use crate::run::{EventSender, MachineEvent};
+use crate::{DeviceSpec, Error};
 use outboard_bus::{Event, MsiMessage, MsiSink};
 use outboard_host_pci::host::Refusal;
 use outboard_host_pci::{DmaDomain, HostFunction, MappedBar, Selection};
@@ -24,31 +24,34 @@ const INTERRUPT_PIN: u16 = 0x3d;
 
 /// The functions of a slot of the host, open for this process; stays open while the guest reboots.
 pub(crate) struct HostSlot {
-    selection: Selection,
+    spec: DeviceSpec,
     functions: Vec<Arc<dyn HostFunction>>,
     domain: Arc<dyn DmaDomain>,
 }
 
 impl HostSlot {
-    /// Opens what `selection` means.
+    /// Opens what `spec` selects.
     ///
     /// # Errors
     /// [`Refusal`]: why it cannot be given to a guest, and what to do.
     #[cfg(target_os = "linux")]
-    pub(crate) fn open(selection: Selection) -> Result<Self, Refusal> {
-        use outboard_host_pci::host::Host;
-        use outboard_host_pci::vfio::DmaPolicy;
-        let opened = Host::this()?.open_slot(selection, DmaPolicy::Identity)?;
-        Ok(Self { selection, functions: opened.functions, domain: opened.domain })
+    pub(crate) fn open(spec: DeviceSpec) -> Result<Self, Refusal> {
+        let opened = outboard_host_pci::host::Host::this()?.open_slot(spec.selection, spec.dma)?;
+        Ok(Self { spec, functions: opened.functions, domain: opened.domain })
     }
 
     #[cfg(not(target_os = "linux"))]
-    pub(crate) fn open(_: Selection) -> Result<Self, Refusal> {
+    pub(crate) fn open(_: DeviceSpec) -> Result<Self, Refusal> {
         Err(Refusal::NotYet)
     }
 
     pub(crate) fn selection(&self) -> Selection {
-        self.selection
+        self.spec.selection
+    }
+
+    /// Whether the guest asks for each mapping.
+    pub(crate) fn asks(&self) -> bool {
+        self.spec.dma.asks()
     }
 
     pub(crate) fn domain(&self) -> &Arc<dyn DmaDomain> {
@@ -72,7 +75,8 @@ pub(crate) struct Connections<'a> {
 pub(crate) struct GuestSlot {
     selection: Selection,
     _slot: Slot,
-    memory: DmaMapping,
+    /// All of guest memory, where the guest need not ask for each mapping.
+    memory: Option<DmaMapping>,
 }
 
 impl GuestSlot {
@@ -84,7 +88,7 @@ impl GuestSlot {
         slot: &HostSlot,
         device: u8,
         root: &Arc<RootComplex>,
-        memory: DmaMapping,
+        memory: Option<DmaMapping>,
         connections: &Connections<'_>,
     ) -> Result<Self, Error> {
         let power = Arc::new(Event::new().map_err(Error::Thread)?);
@@ -101,7 +105,7 @@ impl GuestSlot {
         };
         let functions = slot.functions.iter().map(wire).collect::<Result<_, Error>>()?;
         let listener = Arc::new(Vacancy { device, events: connections.events.clone() });
-        let selection = slot.selection;
+        let selection = slot.selection();
         let _slot = Slot::plug(root, device, (port, power), functions, listener)?;
         tracing::info!("{selection} is in the guest, behind root port 00:{device:02x}.0");
         Ok(Self { selection, _slot, memory })
@@ -131,7 +135,7 @@ impl GuestSlot {
                 }
             }
         }
-        broken.then_some(memory)
+        memory.filter(|_| broken)
     }
 }
 

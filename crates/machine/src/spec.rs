@@ -1,5 +1,7 @@
 use crate::ConsoleTarget;
-use outboard_host_pci::Selection;
+use outboard_abi::published::Layout;
+use outboard_dart::Config;
+use outboard_host_pci::{DmaPolicy, Selection};
 use outboard_hypervisor::VcpuOptions;
 use outboard_netstack::NetOptions;
 use outboard_virtio::block::{DiskFormat, DiskOptions};
@@ -31,7 +33,7 @@ pub struct MachineSpec {
     /// Sockets between host and guest.
     pub vsock: Option<VsockSpec>,
     /// Slots or functions of the host to give to the guest.
-    pub devices: Vec<Selection>,
+    pub devices: Vec<DeviceSpec>,
     /// End the process when the guest reboots.
     pub no_reboot: bool,
     /// For every vCPU.
@@ -83,6 +85,106 @@ impl fmt::Display for DiskSpec {
     }
 }
 
+/// A device of the host and how it reaches guest memory: `BUS:DEVICE[.FUNCTION][,dma=identity|mac][,limit-bytes=SIZE][,limit-entries=N]
+/// [,published=a|b|off]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceSpec {
+    /// Slot or function of the host.
+    pub selection: Selection,
+    /// Who chooses where it finds memory.
+    pub dma: DmaPolicy,
+    /// The layout in which the DMA device also speaks the published protocol; `None` for not at all. Means nothing without a DMA device.
+    pub published: Option<Layout>,
+}
+
+impl From<Selection> for DeviceSpec {
+    fn from(selection: Selection) -> Self {
+        Self { selection, dma: DmaPolicy::default(), published: Some(Layout::A) }
+    }
+}
+
+impl FromStr for DeviceSpec {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut parts = text.split(',');
+        let selection: Selection = parts.next().unwrap_or_default().parse().map_err(|e| format!("{e}"))?;
+        let mut spec = Self::from(selection);
+        let (mut bytes, mut entries, mut published) = (None, None, None);
+        for part in parts {
+            match part.split_once('=') {
+                Some(("dma", policy)) => spec.dma = policy.parse().map_err(|e| format!("{e}"))?,
+                Some(("limit-bytes", size)) => bytes = Some(parse_size(size)?),
+                Some(("limit-entries", number)) => {
+                    let number = number.parse().ok().filter(|n| *n > 0);
+                    entries = Some(number.ok_or_else(|| format!("{part} is not a number of mappings"))?);
+                }
+                Some(("published", "a")) => published = Some(Some(Layout::A)),
+                Some(("published", "b")) => published = Some(Some(Layout::B)),
+                Some(("published", "off")) => published = Some(None),
+                _ => {
+                    return Err(format!(
+                        "'{part}' is not understood; known are dma=identity|mac, limit-bytes=SIZE, limit-entries=N, published=a|b|off"
+                    ));
+                }
+            }
+        }
+        let given = bytes.is_some() || entries.is_some() || published.is_some();
+        let DmaPolicy::Mac(config) = &mut spec.dma else {
+            return if given { Err("limits and published protocol need dma=mac".into()) } else { Ok(spec) };
+        };
+        let granule = outboard_host_pci::GRANULE;
+        config.bytes = bytes.unwrap_or(Config::MAC.bytes);
+        config.entries = entries.unwrap_or(Config::MAC.entries);
+        if config.bytes < granule || config.bytes > Config::MAC.bytes || config.entries > Config::MAC.entries
+        {
+            return Err(format!(
+                "limits go from 16K to {}M bytes and from 1 to {} mappings, which is what a Mac has",
+                Config::MAC.bytes >> 20,
+                Config::MAC.entries
+            ));
+        }
+        spec.published = published.unwrap_or(spec.published);
+        Ok(spec)
+    }
+}
+
+impl fmt::Display for DeviceSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.selection)?;
+        match self.dma {
+            DmaPolicy::Identity => Ok(()),
+            DmaPolicy::Mac(config) => write!(
+                f,
+                " (dma=mac, at most {} MiB in {} mappings at {:#x} to {:#x})",
+                config.bytes >> 20,
+                config.entries,
+                config.first,
+                config.last
+            ),
+        }
+    }
+}
+
+/// Bytes from a number with an optional binary unit; without one, MiB.
+///
+/// # Errors
+/// What is wrong with it, for the user.
+pub fn parse_size(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
+    let shift =
+        match text[digits.len()..].trim_end_matches("iB").trim_end_matches('B').to_ascii_uppercase().as_str()
+        {
+            "K" => 10,
+            "" | "M" => 20,
+            "G" => 30,
+            "T" => 40,
+            unit => return Err(format!("unknown unit '{unit}'; use K, M, G or T")),
+        };
+    let number: u64 = digits.parse().map_err(|_| "not a number".to_owned())?;
+    number.checked_mul(1 << shift).ok_or_else(|| "too large".to_owned())
+}
+
 /// The guest's socket device: `cid=N,socket=PATH`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VsockSpec {
@@ -125,6 +227,46 @@ mod tests {
         assert_eq!("x:y".parse::<DiskSpec>().unwrap().path, PathBuf::from("x:y"));
         for text in ["", ":ro", "x,format=vhd"] {
             assert!(text.parse::<DiskSpec>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn sizes_take_binary_units() {
+        for (text, bytes) in
+            [("512", 512 << 20), ("256M", 256 << 20), ("2G", 2 << 30), ("2GiB", 2 << 30), ("64k", 64 << 10)]
+        {
+            assert_eq!(parse_size(text), Ok(bytes), "{text}");
+        }
+        for text in ["", "G", "-1G", "1.5G", "2X", "99999999999999T", "0x10"] {
+            assert!(parse_size(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn devices_take_a_policy_and_its_limits() {
+        let parse = |text: &str| text.parse::<DeviceSpec>();
+        assert_eq!(parse("01:00").unwrap(), DeviceSpec::from("01:00".parse::<Selection>().unwrap()));
+        assert_eq!(parse("01:00,dma=identity").unwrap().dma, DmaPolicy::Identity);
+        let mac = parse("01:00.1,dma=mac").unwrap();
+        assert_eq!((mac.dma, mac.published), (DmaPolicy::MAC, Some(Layout::A)));
+        let small = parse("01:00,limit-bytes=24M,dma=mac,limit-entries=666,published=b").unwrap();
+        assert_eq!(small.dma, DmaPolicy::Mac(Config { bytes: 24 << 20, entries: 666, ..Config::MAC }));
+        assert_eq!(small.published, Some(Layout::B));
+        assert!(small.to_string().contains("24 MiB in 666 mappings"), "{small}");
+        assert_eq!(parse("01:00,dma=mac,published=off").unwrap().published, None);
+        for text in [
+            "",
+            "xx",
+            "01:00,dma=none",
+            "01:00,dma=mac,limit-entries=0",
+            "01:00,dma=mac,limit-entries=65537",
+            "01:00,dma=mac,limit-bytes=2G",
+            "01:00,dma=mac,limit-bytes=1K",
+            "01:00,dma=identity,limit-bytes=24M",
+            "01:00,dma=mac,published=c",
+            "01:00,nonsense",
+        ] {
+            assert!(parse(text).is_err(), "{text}");
         }
     }
 

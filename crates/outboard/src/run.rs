@@ -1,8 +1,8 @@
 use clap::Args;
-use outboard_host_pci::Selection;
 use outboard_hypervisor::{Capabilities, ThreadPriority, VcpuOptions};
 use outboard_machine::{
-    ConsoleTarget, DiskSpec, EXIT_KILLED, Error, Inputs, MachineSpec, Outcome, Plan, VsockSpec,
+    ConsoleTarget, DeviceSpec, DiskSpec, EXIT_KILLED, Error, Inputs, MachineSpec, Outcome, Plan, VsockSpec,
+    parse_size,
 };
 use outboard_netstack::NetOptions;
 use std::path::PathBuf;
@@ -62,8 +62,14 @@ pub struct RunArgs {
 
     /// Device of the host to give to the guest: a slot with all its functions (01:00) or one function (01:00.0); may be
     /// given several times. `outboard devices` lists what there is.
-    #[arg(long = "device", value_name = "BUS:DEVICE[.FUNCTION]")]
-    devices: Vec<Selection>,
+    ///
+    /// With dma=mac the device reaches only the memory that the guest asks for, within a Mac's limits or smaller ones: the guest needs the
+    /// outboard_dma module. dma=identity, where the host can do it, maps all of the guest's memory.
+    #[arg(
+        long = "device",
+        value_name = "BUS:DEVICE[.FUNCTION][,dma=identity|mac][,limit-bytes=SIZE][,limit-entries=N][,published=a|b|off]"
+    )]
+    devices: Vec<DeviceSpec>,
 
     /// Do not use the terminal: without --console, the guest's console goes nowhere.
     #[arg(long)]
@@ -157,36 +163,3 @@ const TYPICAL: Capabilities = Capabilities {
     kernel_events: false,
     enforces_device_no_execute: false,
 };
-
-/// Bytes from a number with an optional binary unit.
-fn parse_size(text: &str) -> Result<u64, String> {
-    let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
-    let shift =
-        match text[digits.len()..].trim_end_matches("iB").trim_end_matches('B').to_ascii_uppercase().as_str()
-        {
-            "K" => 10,
-            "" | "M" => 20,
-            "G" => 30,
-            "T" => 40,
-            unit => return Err(format!("unknown unit '{unit}'; use K, M, G or T")),
-        };
-    let number: u64 = digits.parse().map_err(|_| "not a number".to_owned())?;
-    number.checked_mul(1 << shift).ok_or_else(|| "too large".to_owned())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sizes_take_binary_units() {
-        for (text, bytes) in
-            [("512", 512 << 20), ("256M", 256 << 20), ("2G", 2 << 30), ("2GiB", 2 << 30), ("64k", 64 << 10)]
-        {
-            assert_eq!(parse_size(text), Ok(bytes), "{text}");
-        }
-        for text in ["", "G", "-1G", "1.5G", "2X", "99999999999999T", "0x10"] {
-            assert!(parse_size(text).is_err(), "{text}");
-        }
-    }
-}

@@ -26,12 +26,13 @@ mod linux {
     use std::time::{Duration, Instant};
 
     const USAGE: &str = "\
-usage: host-pci-conformance BUS:DEVICE[.FUNCTION] [NAME]...
+usage: host-pci-conformance BUS:DEVICE[.FUNCTION] [--mac] [NAME]...
        host-pci-conformance BUS:DEVICE[.FUNCTION] --await-removal
 
 Runs the cases whose names contain one of the NAMEs, or all, on a function that is bound to vfio-pci;
 of a whole slot on its first function, with the others open beside it.
 
+  --mac             have a DART choose the bus addresses
   --await-removal   hold the function open until the host wants it back, at most a minute, then give it back";
 
     pub fn main() -> ExitCode {
@@ -40,7 +41,9 @@ of a whole slot on its first function, with the others open beside it.
             eprintln!("{USAGE}");
             return ExitCode::from(2);
         };
-        let names: Vec<String> = arguments.collect();
+        let mut names: Vec<String> = arguments.collect();
+        let mac = names.iter().position(|name| name == "--mac").map(|at| names.remove(at)).is_some();
+        let policy = if mac { DmaPolicy::MAC } else { DmaPolicy::Identity };
         if names == ["--await-removal"] {
             return match await_removal(selection) {
                 Ok(()) => ExitCode::SUCCESS,
@@ -50,11 +53,11 @@ of a whole slot on its first function, with the others open beside it.
                 }
             };
         }
-        if run(selection, &names) { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+        if run(selection, policy, &names) { ExitCode::SUCCESS } else { ExitCode::FAILURE }
     }
 
-    fn run(selection: Selection, names: &[String]) -> bool {
-        let open = || open(selection);
+    fn run(selection: Selection, policy: DmaPolicy, names: &[String]) -> bool {
+        let open = || open(selection, policy);
         let (mut passed, mut skipped, mut failed) = (0, 0, 0);
         for case in conformance::cases() {
             if !names.is_empty() && !names.iter().any(|n| case.name.contains(n.as_str())) {
@@ -83,7 +86,7 @@ of a whole slot on its first function, with the others open beside it.
     }
 
     fn await_removal(selection: Selection) -> Result<(), String> {
-        let subject = open(selection)?;
+        let subject = open(selection, DmaPolicy::Identity)?;
         let function = &subject.function;
         function.set_bus_master(true).map_err(|e| e.to_string())?;
         println!("{selection}: waiting for its removal");
@@ -102,9 +105,9 @@ of a whole slot on its first function, with the others open beside it.
         Ok(())
     }
 
-    fn open(selection: Selection) -> Result<Subject, String> {
+    fn open(selection: Selection, policy: DmaPolicy) -> Result<Subject, String> {
         let host = Host::this().map_err(|e| e.to_string())?;
-        let mut opened = host.open_slot(selection, DmaPolicy::Identity).map_err(|e| e.to_string())?;
+        let mut opened = host.open_slot(selection, policy).map_err(|e| e.to_string())?;
         let function = opened.functions.remove(0);
         Ok(Subject { function, domain: opened.domain, beside: opened.functions })
     }

@@ -4,7 +4,7 @@
 
 use super::memory::{Mapped, Memory};
 use super::{Case, Opener, Outcome, Step, Subject, case, ensure, ensure_eq, fail, opened, skip};
-use crate::{BusAddress, DmaDomain, Error, GRANULE};
+use crate::{BusAddress, DmaDomain, Error, GRANULE, Release};
 use std::ptr::NonNull;
 
 pub(super) const CASES: &[Case] = &[
@@ -78,13 +78,13 @@ fn unmap_rules(open: Opener<'_>) -> Outcome {
         (0, u64::MAX),
     ];
     for (at, len) in wrong {
-        match subject.domain.unmap(BusAddress(at), len) {
+        match subject.domain.unmap(BusAddress(at), len, Release::Driver) {
             Err(Error::NotMapped { .. }) => {}
             answer => return fail(format!("unmapping {len:#x} at {at:#x} answered {answer:?}")),
         }
     }
     mapped.unmap()?;
-    match subject.domain.unmap(BusAddress(bus), 4 * GRANULE) {
+    match subject.domain.unmap(BusAddress(bus), 4 * GRANULE, Release::Driver) {
         Err(Error::NotMapped { .. }) => Ok(()),
         answer => fail(format!("unmapping twice answered {answer:?}")),
     }

@@ -3,7 +3,7 @@
 #![allow(unsafe_code)] // UNSAFETY: a device changes the memory behind the compiler's back, so it is reached by address.
 
 use super::{Step, Subject, Verdict};
-use crate::{BusAddress, DmaDomain, GRANULE};
+use crate::{BusAddress, DmaDomain, GRANULE, Release};
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -73,7 +73,7 @@ impl Mapped {
 
     /// Takes the mapping away; the memory stays.
     pub(super) fn unmap(mut self) -> Result<Memory, Verdict> {
-        self.domain.unmap(self.bus, self.memory().len()).step("unmap")?;
+        self.domain.unmap(self.bus, self.memory().len(), Release::Driver).step("unmap")?;
         Ok(self.memory.take().expect("taken out only by value"))
     }
 }
@@ -81,7 +81,7 @@ impl Mapped {
 impl Drop for Mapped {
     fn drop(&mut self) {
         let Some(memory) = self.memory.take() else { return };
-        if self.domain.unmap(self.bus, memory.len()).is_err() {
+        if self.domain.unmap(self.bus, memory.len(), Release::Driver).is_err() {
             // The device may still write to it.
             std::mem::forget(memory);
         }

@@ -3,13 +3,17 @@
 #![allow(unsafe_code)] // UNSAFETY: copies to and from memory that the caller of `map` promised to keep.
 
 use super::faults::{Fault, Faults, Operation};
-use crate::{BusAddress, DmaDomain, DmaLimits, Error, GRANULE, PciAddress, Result, check_granule};
+use crate::mac::Mac;
+use crate::{
+    BusAddress, DmaDomain, DmaLimits, DmaUsage, Error, GRANULE, PciAddress, Release, Result, check_granule,
+};
+use outboard_dart::{Config, ConfigError};
 use std::collections::BTreeMap;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// A domain at the guest's own addresses, for simulated devices.
+/// A domain for simulated devices: at the guest's own addresses, or at a DART's.
 #[derive(Debug)]
 pub struct SimulatedDomain {
     limits: DmaLimits,
@@ -23,6 +27,8 @@ struct Mapped {
     /// Host address and length by bus address.
     pieces: BTreeMap<u64, (NonNull<u8>, u64)>,
     bytes: u64,
+    /// Chooses the addresses; without it they are the guest's.
+    mac: Option<Mac>,
 }
 
 // SAFETY: the addresses stand for memory that whoever mapped it lets the device, on whatever thread, reach.
@@ -49,6 +55,30 @@ impl SimulatedDomain {
         })
     }
 
+    /// A domain with a Mac's rules.
+    ///
+    /// # Errors
+    /// [`ConfigError`] for a window or limits that no DART has.
+    pub fn mac(config: Config) -> std::result::Result<Arc<Self>, ConfigError> {
+        let mac = Mac::new(config, u64::MAX, u32::MAX)?;
+        let limits = mac.limits();
+        let mapped = Mutex::new(Mapped { mac: Some(mac), ..Mapped::default() });
+        Ok(Arc::new(Self { limits, mapped, stray: AtomicU64::new(0), faults: Faults::default() }))
+    }
+
+    /// A function may do DMA from now on, or is silent.
+    pub(super) fn note_master(&self, function: PciAddress, on: bool) {
+        if let Some(mac) = &mut self.lock().mac {
+            mac.set_master(function, on);
+        }
+    }
+
+    /// All mappings: bus address, host address, bytes.
+    pub fn pieces(&self) -> Vec<(u64, u64, u64)> {
+        let piece = |(bus, (host, len)): (&u64, &(NonNull<u8>, u64))| (*bus, host.as_ptr() as u64, *len);
+        self.lock().pieces.iter().map(piece).collect()
+    }
+
     /// Lets `fault` happen to the next calls of [`Operation::DmaMap`] or [`Operation::DmaUnmap`].
     pub fn inject(&self, operation: Operation, fault: Fault) {
         self.faults.inject(operation, fault);
@@ -67,9 +97,9 @@ impl SimulatedDomain {
 
     /// What a device reads at `at`. Holds up unmapping for so long.
     pub(super) fn read(&self, at: BusAddress, buffer: &mut [u8]) -> std::result::Result<(), Stray> {
-        let mapped = self.lock();
+        let mut mapped = self.lock();
         for (index, byte) in buffer.iter_mut().enumerate() {
-            let host = self.translate(&mapped, at, index)?;
+            let host = self.translate(&mut mapped, at, index)?;
             // SAFETY: within a mapping, whose memory stays while the lock is held; volatile, as the guest may write it.
             *byte = unsafe { host.read_volatile() };
         }
@@ -78,9 +108,9 @@ impl SimulatedDomain {
 
     /// What a device writes at `at`.
     pub(super) fn write(&self, at: BusAddress, bytes: &[u8]) -> std::result::Result<(), Stray> {
-        let mapped = self.lock();
+        let mut mapped = self.lock();
         for (index, byte) in bytes.iter().enumerate() {
-            let host = self.translate(&mapped, at, index)?;
+            let host = self.translate(&mut mapped, at, index)?;
             // SAFETY: as above.
             unsafe { host.write_volatile(*byte) };
         }
@@ -89,7 +119,7 @@ impl SimulatedDomain {
 
     fn translate(
         &self,
-        mapped: &Mapped,
+        mapped: &mut Mapped,
         at: BusAddress,
         index: usize,
     ) -> std::result::Result<NonNull<u8>, Stray> {
@@ -97,6 +127,9 @@ impl SimulatedDomain {
         let found = mapped.pieces.range(..=bus).next_back().filter(|(start, (_, len))| bus - **start < *len);
         let Some((start, (host, _))) = found else {
             self.stray.fetch_add(1, Ordering::AcqRel);
+            if let Some(mac) = &mut mapped.mac {
+                mac.stray(bus, 1);
+            }
             return Err(Stray(bus));
         };
         // SAFETY: the offset is below the mapping's length, just checked.
@@ -110,6 +143,14 @@ impl SimulatedDomain {
     /// Whether this can be mapped beside what is.
     fn check(&self, mapped: &Mapped, len: u64, guest: u64) -> Result<()> {
         let DmaLimits { bytes, entries, address_bits, .. } = self.limits;
+        if mapped.mac.is_some() {
+            let whole = guest.checked_add(len).is_some();
+            return if whole {
+                Ok(())
+            } else {
+                Err(Error::OutOfRange { what: format!("{guest:#x}+{len:#x}") })
+            };
+        }
         let most = u64::MAX >> (64 - u32::from(address_bits));
         let Some(last) = guest.checked_add(len - 1).filter(|last| *last <= most) else {
             return Err(Error::Reserved { address: guest, len, usable: format!("0x0-{most:#x}") });
@@ -145,12 +186,16 @@ impl DmaDomain for SimulatedDomain {
         }
         let mut mapped = self.lock();
         self.check(&mapped, len, guest)?;
-        mapped.pieces.insert(guest, (host, len));
+        let at = match &mut mapped.mac {
+            Some(mac) => mac.take(host.as_ptr() as u64, len)?.0,
+            None => guest,
+        };
+        mapped.pieces.insert(at, (host, len));
         mapped.bytes += len;
-        Ok(BusAddress(guest))
+        Ok(BusAddress(at))
     }
 
-    fn unmap(&self, address: BusAddress, len: u64) -> Result<()> {
+    fn unmap(&self, address: BusAddress, len: u64, release: Release) -> Result<()> {
         self.faults.meet(Operation::DmaUnmap, NOBODY)?;
         let mut mapped = self.lock();
         if mapped.pieces.get(&address.0).is_none_or(|(_, had)| *had != len) {
@@ -158,6 +203,21 @@ impl DmaDomain for SimulatedDomain {
         }
         mapped.pieces.remove(&address.0);
         mapped.bytes -= len;
+        if let Some(mac) = &mut mapped.mac {
+            mac.give(address, len, release);
+        }
         Ok(())
+    }
+
+    fn usage(&self) -> DmaUsage {
+        let mapped = self.lock();
+        match &mapped.mac {
+            Some(mac) => mac.usage(),
+            None => DmaUsage {
+                bytes: mapped.bytes,
+                entries: u32::try_from(mapped.pieces.len()).unwrap_or(u32::MAX),
+                ..DmaUsage::default()
+            },
+        }
     }
 }

@@ -114,6 +114,12 @@ impl SimulatedFunction {
             // Waits for DMA that is under way.
             drop(self.device.dma.write().unwrap_or_else(PoisonError::into_inner));
         }
+        self.note_master(on || self.device.lock().pending);
+    }
+
+    fn note_master(&self, on: bool) {
+        let domain = self.device.lock().domain.clone();
+        domain.iter().for_each(|domain| domain.note_master(self.identity.address, on));
     }
 
     fn interrupts_off(&self) {
@@ -129,7 +135,10 @@ impl SimulatedFunction {
             self.device.lock().config[usize::from(at)] = was;
         }
         let now = Fingerprint::take(&read, &read, self.config_len())?;
-        let Some(why) = self.fingerprint.difference(&now) else { return Ok(()) };
+        let Some(why) = self.fingerprint.difference(&now) else {
+            self.note_master(false);
+            return Ok(());
+        };
         self.device.lock().quarantined = Some(why.clone());
         Err(Error::ResetFailed { address: self.identity.address, why })
     }
@@ -238,7 +247,12 @@ impl HostFunction for SimulatedFunction {
     }
 
     fn set_bus_master(&self, on: bool) -> Result<()> {
-        self.begin(Operation::SetBusMaster)?;
+        if let Err(error) = self.begin(Operation::SetBusMaster) {
+            if matches!(error, Error::Gone(_)) {
+                self.note_master(false);
+            }
+            return Err(error);
+        }
         self.write_bus_master(on);
         if !on && self.device.lock().pending { Err(Error::Busy(self.identity.address)) } else { Ok(()) }
     }

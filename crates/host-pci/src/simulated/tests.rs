@@ -1,6 +1,6 @@
 use super::*;
 use crate::conformance::{self, Subject, Verdict};
-use crate::{Error, HostFunction, PciAddress};
+use crate::{DmaDomain, Error, GRANULE, HostFunction, PciAddress, Release};
 use outboard_bus::{Width, poll_readable};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,9 +13,13 @@ fn device(model: Model) -> Arc<SimulatedDevice> {
 
 /// Runs the whole suite; returns the names of the cases that were skipped.
 fn conform(model: Model) -> Vec<&'static str> {
+    conform_in(model, &SimulatedDomain::new)
+}
+
+fn conform_in(model: Model, domain: &dyn Fn() -> Arc<SimulatedDomain>) -> Vec<&'static str> {
     let device = device(model);
     let open = || {
-        let domain = SimulatedDomain::new();
+        let domain = domain();
         let function = device.open(&domain).map_err(|e| e.to_string())?;
         Ok(Subject { function: Arc::new(function), domain, beside: vec![] })
     };
@@ -33,6 +37,35 @@ fn conform(model: Model) -> Vec<&'static str> {
 #[test]
 fn the_endpoint_conforms_in_everything() {
     assert_eq!(conform(endpoint()), Vec::<&str>::new());
+}
+
+#[test]
+fn the_endpoint_conforms_behind_a_dart() {
+    let domain = || SimulatedDomain::mac(outboard_dart::Config::MAC).unwrap();
+    assert_eq!(conform_in(endpoint(), &domain), Vec::<&str>::new());
+}
+
+#[repr(align(16384))]
+struct Page([u8; GRANULE as usize]);
+
+#[test]
+#[allow(unsafe_code)] // UNSAFETY: maps memory that the test owns.
+fn a_dart_hands_out_its_own_addresses_and_notices_mistakes() {
+    let device = device(endpoint());
+    let domain = SimulatedDomain::mac(outboard_dart::Config::MAC).unwrap();
+    let function = device.open(&domain).unwrap();
+    let mut memory = Box::new(Page([0; GRANULE as usize]));
+    let host = std::ptr::NonNull::from(&mut memory.0).cast();
+    // SAFETY: the memory outlives the mapping, which is taken down below.
+    let at = unsafe { domain.map(host, GRANULE, 0x4000_0000) }.unwrap();
+    assert_eq!(at.0, 0x8000_0000);
+    function.set_bus_master(true).unwrap();
+    assert!(device.dma_write(at, &[1]) && !device.dma_write(crate::BusAddress(0x4000_0000), &[1]));
+    let usage = domain.usage();
+    assert_eq!((usage.bytes, usage.entries, usage.mistakes), (GRANULE, 1, 1), "{usage:?}");
+    function.set_bus_master(false).unwrap();
+    domain.unmap(at, GRANULE, Release::TearDown).unwrap();
+    assert_eq!(domain.usage().mistakes, 1);
 }
 
 #[test]
@@ -152,7 +185,7 @@ fn faults_happen_as_often_as_asked_for() {
     assert!(started.elapsed() >= Duration::from_millis(20));
     let domain = SimulatedDomain::new();
     domain.inject(Operation::DmaUnmap, Fault::once(Error::Busy));
-    assert!(matches!(crate::DmaDomain::unmap(&*domain, crate::BusAddress(0), 0x4000), Err(Error::Busy(_))));
+    assert!(matches!(domain.unmap(crate::BusAddress(0), 0x4000, Release::Driver), Err(Error::Busy(_))));
 }
 
 #[test]

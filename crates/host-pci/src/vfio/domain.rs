@@ -3,29 +3,24 @@
 #![allow(unsafe_code)] // UNSAFETY: the trait's `map` is unsafe: the caller promises the memory's lifetime.
 
 use super::sys::{self, failed};
-use crate::{BusAddress, DmaDomain, DmaLimits, Error, GRANULE, Result};
+use crate::mac::Mac;
+use crate::{
+    BusAddress, DmaDomain, DmaLimits, DmaPolicy, DmaUsage, Error, GRANULE, PciAddress, Release, Result,
+};
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::Path;
 use std::ptr::NonNull;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vfio_bindings::bindings::vfio as raw;
-
-/// Who chooses where a device finds memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DmaPolicy {
-    /// At the guest's own addresses, for as long as it runs. What VMMs on Linux usually do.
-    Identity,
-}
 
 /// The DMA mappings of one slot: the IOMMU groups its functions are in, joined in one container.
 ///
 /// Dropped, it unmaps everything. Functions hold on to it, so by then their bus masters are off.
 #[derive(Debug)]
 pub struct VfioDomain {
-    policy: DmaPolicy,
     limits: DmaLimits,
     /// What the IOMMU can map, first and last address; holes are kept for interrupts and the like.
     ranges: Vec<(u64, u64)>,
@@ -46,6 +41,8 @@ struct Mapped {
     /// Length by bus address.
     pieces: BTreeMap<u64, u64>,
     bytes: u64,
+    /// Chooses the addresses; without it they are the guest's.
+    mac: Option<Mac>,
 }
 
 impl VfioDomain {
@@ -53,7 +50,8 @@ impl VfioDomain {
     ///
     /// # Errors
     /// [`Error::Host`] with `EBUSY` when another process has one of them, `EPERM` or `EACCES` without the right, `ENOENT` when none of its devices
-    /// is bound to vfio-pci, `EINVAL` when some are bound to another driver.
+    /// is bound to vfio-pci, `EINVAL` when some are bound to another driver. [`Error::Reserved`] when the IOMMU cannot map a Mac's window,
+    /// [`Error::OutOfRange`] for a window or limits that no DART has.
     pub fn new(groups: &[u32], policy: DmaPolicy) -> Result<Arc<Self>> {
         let container = open(Path::new("/dev/vfio/vfio"))?;
         check_version(container.as_fd())?;
@@ -69,8 +67,32 @@ impl VfioDomain {
             sys::iommu_info(container.as_fd()).map_err(failed("VFIO_IOMMU_GET_INFO", "the container"))?;
         let ranges = iova_ranges(&info);
         let limits = limits(&info, &ranges);
-        let mapped = Mutex::default();
-        Ok(Arc::new(Self { policy, limits, ranges, mapped, groups, container }))
+        let mut domain = Self { limits, ranges, mapped: Mutex::default(), groups, container };
+        if let DmaPolicy::Mac(config) = policy {
+            domain.play_mac(config)?;
+        }
+        Ok(Arc::new(domain))
+    }
+
+    /// Addresses are a DART's from here on, and limits the smaller of both.
+    fn play_mac(&mut self, config: outboard_dart::Config) -> Result<()> {
+        let mac = Mac::new(config, self.limits.bytes, self.limits.entries)
+            .map_err(|error| Error::OutOfRange { what: error.to_string() })?;
+        self.check_range(config.first, config.last - config.first + 1)?;
+        self.limits = mac.limits();
+        self.mapped.get_mut().unwrap_or_else(PoisonError::into_inner).mac = Some(mac);
+        Ok(())
+    }
+
+    /// A function of this domain may do DMA from now on, or is silent.
+    pub(super) fn note_master(&self, function: PciAddress, on: bool) {
+        if let Some(mac) = &mut self.lock().mac {
+            mac.set_master(function, on);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Mapped> {
+        self.mapped.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The file of group `id`, if it is in this domain.
@@ -83,15 +105,27 @@ impl VfioDomain {
         self.groups.iter().map(|g| g.file.as_fd()).collect()
     }
 
-    /// Where the device is to find what the guest knows as `guest`.
-    fn place(&self, guest: u64, len: u64) -> Result<u64> {
-        match self.policy {
-            DmaPolicy::Identity => {
-                let last = guest.checked_add(len - 1);
-                let fits = |&(from, to): &(u64, u64)| guest >= from && last.is_some_and(|l| l <= to);
-                if self.ranges.iter().any(fits) { Ok(guest) } else { Err(self.reserved(guest, len)) }
-            }
-        }
+    /// Whether the IOMMU can map this.
+    fn check_range(&self, address: u64, len: u64) -> Result<()> {
+        let last = address.checked_add(len - 1);
+        let fits = |&(from, to): &(u64, u64)| address >= from && last.is_some_and(|l| l <= to);
+        if self.ranges.iter().any(fits) { Ok(()) } else { Err(self.reserved(address, len)) }
+    }
+
+    /// Has the IOMMU map `len` bytes at `vaddr`.
+    fn program(&self, vaddr: u64, len: u64, iova: u64, mapped: (u64, bool)) -> Result<()> {
+        let mut request = raw::vfio_iommu_type1_dma_map {
+            argsz: size_of::<raw::vfio_iommu_type1_dma_map>() as u32,
+            flags: raw::VFIO_DMA_MAP_FLAG_READ | raw::VFIO_DMA_MAP_FLAG_WRITE,
+            vaddr,
+            iova,
+            size: len,
+        };
+        // The kernel pins the pages, so even a caller that breaks its promise cannot let the device reach other memory.
+        sys::IOMMU_MAP_DMA
+            .with(self.container.as_fd(), &mut request)
+            .map(drop)
+            .map_err(|e| self.refused(e, iova, len, mapped))
     }
 
     fn reserved(&self, address: u64, len: u64) -> Error {
@@ -100,11 +134,14 @@ impl VfioDomain {
     }
 
     /// What is full, where the kernel only says that something is.
-    fn refused(&self, source: io::Error, at: u64, len: u64, mapped: u64) -> Error {
+    fn refused(&self, source: io::Error, at: u64, len: u64, (mapped, mac): (u64, bool)) -> Error {
         let DmaLimits { bytes, entries, .. } = self.limits;
         match source.raw_os_error() {
             Some(libc::ENOSPC) => Error::OutOfEntries { limit: entries },
-            Some(libc::ENOMEM) if mapped + len > bytes => Error::OutOfBytes { len, mapped, limit: bytes },
+            // For a Mac's guest too when another slot of this process has pinned what it may: it can let go of something.
+            Some(libc::ENOMEM) if mac || mapped + len > bytes => {
+                Error::OutOfBytes { len, mapped, limit: bytes }
+            }
             _ => failed(sys::IOMMU_MAP_DMA.name(), format!("bus address {at:#x}+{len:#x}"))(source),
         }
     }
@@ -121,33 +158,49 @@ impl DmaDomain for VfioDomain {
         if len == 0 {
             return Err(Error::Unaligned { what: "a length of 0".into() });
         }
-        let iova = self.place(guest, len)?;
-        let mut mapped = self.mapped.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut request = raw::vfio_iommu_type1_dma_map {
-            argsz: size_of::<raw::vfio_iommu_type1_dma_map>() as u32,
-            flags: raw::VFIO_DMA_MAP_FLAG_READ | raw::VFIO_DMA_MAP_FLAG_WRITE,
-            vaddr,
-            iova,
-            size: len,
+        if guest.checked_add(len).is_none() {
+            return Err(self.reserved(guest, len));
+        }
+        let mut mapped = self.lock();
+        let iova = match &mut mapped.mac {
+            None => self.check_range(guest, len).map(|()| guest)?,
+            Some(mac) => mac.take(vaddr, len)?.0,
         };
-        // The kernel pins the pages, so even a caller that breaks its promise cannot let the device reach other memory.
-        sys::IOMMU_MAP_DMA
-            .with(self.container.as_fd(), &mut request)
-            .map_err(|e| self.refused(e, iova, len, mapped.bytes))?;
+        if let Err(error) = self.program(vaddr, len, iova, (mapped.bytes, mapped.mac.is_some())) {
+            if let Some(mac) = &mut mapped.mac {
+                mac.give(BusAddress(iova), len, Release::Driver);
+            }
+            return Err(error);
+        }
         mapped.pieces.insert(iova, len);
         mapped.bytes += len;
         Ok(BusAddress(iova))
     }
 
-    fn unmap(&self, address: BusAddress, len: u64) -> Result<()> {
-        let mut mapped = self.mapped.lock().unwrap_or_else(PoisonError::into_inner);
+    fn unmap(&self, address: BusAddress, len: u64, release: Release) -> Result<()> {
+        let mut mapped = self.lock();
         if len == 0 || mapped.pieces.get(&address.0) != Some(&len) {
             return Err(Error::NotMapped { address: address.0, len });
         }
         unmap(self.container.as_fd(), 0, address.0, len)?;
         mapped.pieces.remove(&address.0);
         mapped.bytes -= len;
+        if let Some(mac) = &mut mapped.mac {
+            mac.give(address, len, release);
+        }
         Ok(())
+    }
+
+    fn usage(&self) -> DmaUsage {
+        let mapped = self.lock();
+        match &mapped.mac {
+            Some(mac) => mac.usage(),
+            None => DmaUsage {
+                bytes: mapped.bytes,
+                entries: u32::try_from(mapped.pieces.len()).unwrap_or(u32::MAX),
+                ..DmaUsage::default()
+            },
+        }
     }
 }
 

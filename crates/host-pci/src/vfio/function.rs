@@ -114,6 +114,13 @@ impl VfioFunction {
         }
     }
 
+    /// The function does no DMA any more if it could be stopped or reset, or is no longer there.
+    fn note_silent(&self, stopped: &Result<()>) {
+        if matches!(stopped, Ok(()) | Err(Error::Gone(_))) {
+            self.domain.note_master(self.identity.address, false);
+        }
+    }
+
     /// Whether the hardware still answers: class and revision are never all-ones, and VFIO has no shadow of them.
     pub(super) fn is_there(&self) -> bool {
         let mut bytes = [0; 4];
@@ -267,14 +274,19 @@ impl HostFunction for VfioFunction {
     fn set_bus_master(&self, on: bool) -> Result<()> {
         if on {
             self.usable()?;
+            self.domain.note_master(self.identity.address, true);
+            return self.write_bus_master(true);
         }
-        self.write_bus_master(on)?;
-        if on { Ok(()) } else { self.drain() }
+        let drained = self.write_bus_master(false).and_then(|()| self.drain());
+        self.note_silent(&drained);
+        drained
     }
 
     fn reset(&self) -> Result<()> {
         self.usable()?;
-        self.reset_and_check()
+        let reset = self.reset_and_check();
+        self.note_silent(&reset);
+        reset
     }
 
     fn removal(&self) -> BorrowedFd<'_> {

@@ -12,5 +12,6 @@ mod region;
 mod reset;
 mod sys;
 
-pub use domain::{DmaPolicy, VfioDomain};
+pub use crate::DmaPolicy;
+pub use domain::VfioDomain;
 pub use function::VfioFunction;
