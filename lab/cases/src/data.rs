@@ -42,9 +42,14 @@ impl Pattern {
 
     /// The checksum of the first `len` bytes, a multiple of [`BLOCK`].
     pub fn sha256(self, len: u64) -> String {
+        self.sha256_from(0, len / BLOCK as u64)
+    }
+
+    /// The checksum of `count` blocks from block `first` on.
+    pub fn sha256_from(self, first: u64, count: u64) -> String {
         let mut sum = Sha256::new();
         let mut block = [0; BLOCK];
-        for index in 0..len / BLOCK as u64 {
+        for index in first..first + count {
             self.block(index, &mut block);
             sum.update(block);
         }

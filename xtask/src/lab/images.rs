@@ -1,20 +1,18 @@
 //! What the emulated host boots from, and what it finds in the share.
 
+use super::libraries::{self, LOADER};
 use super::modules::{Module, Modules};
 use super::packages::Packages;
 use crate::paths::Paths;
 use crate::stamp;
 use anyhow::{Context, Result, bail};
 use cpio::newc::{self, ModeFileType};
-use lab_cases::host::Kernel;
+use lab_cases::host::{CASE_MODULES, INITRD_DEVICES, Kernel, MODULES};
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Modules that the emulated host loads at once: the shared folders, and what hands PCI devices to a guest.
-const HOST_MODULES: [&str; 6] =
-    ["virtio_pci", "virtio_console", "9p", "9pnet_virtio", "vfio_iommu_type1", "vfio_pci"];
 /// The emulated host's kernel. Guests start twice as fast on a 6.1 host (12.8 s and 6.0 s from the monitor's start to init): from 6.3 on KVM traps a
 /// guest's reads of CTR_EL0 on CPUs without FEAT_EVT, which QEMU 7.2 does not emulate. But there, twice in some 60 guests, a guest's serial
 /// output stopped in the middle; until that is understood the host stays at 6.12.
@@ -30,6 +28,9 @@ const GUEST_MODULES: [&str; 8] = [
     "evdev",
     "virtio_console",
 ];
+/// And those that need a device of the host: in an initramfs of its own, so that other guests start as fast as before.
+const DEVICE_MODULES: [&str; 7] =
+    ["e1000e", "xhci_pci", "usb_storage", "sd_mod", "ahci", "snd_hda_codec_generic", "snd_hda_intel"];
 /// Programs of busybox that have a name of their own in the shell.
 const APPLETS: [&str; 34] = [
     "sh",
@@ -83,9 +84,11 @@ pub fn prepare(paths: &Paths, packages: &Packages, programs: &Path, peer: bool) 
     let host_root = packages.kernel(HOST_KERNEL);
     let initrd = paths.lab.join("host.cpio");
     let sums = stamp::sum(&[&agent, &busybox])?;
-    let inputs = format!("{sums}{}\n{HOST_MODULES:?}{APPLETS:?}", host_root.display());
+    let wanted = [&MODULES[..], &CASE_MODULES].concat();
+    let inputs = format!("{sums}{}\n{wanted:?}{APPLETS:?}", host_root.display());
     stamp::once(paths, "host-initramfs", &inputs, &[&initrd], || {
-        initramfs(&initrd, &agent, &busybox, &mut Modules::scan(host_root)?, &HOST_MODULES)
+        let archive = initramfs(&agent, &busybox, &mut Modules::scan(host_root)?, &wanted)?;
+        stamp::write_whole(&initrd, &archive.finish()?)
     })?;
     for kernel in Kernel::ALL {
         let root = packages.kernel(kernel);
@@ -101,9 +104,11 @@ pub fn prepare(paths: &Paths, packages: &Packages, programs: &Path, peer: bool) 
         let initrd = folder.join("initrd.cpio");
         let inputs = format!("{sums}{}\n{GUEST_MODULES:?}{APPLETS:?}", root.display());
         stamp::once(paths, &format!("initramfs-{}", kernel.name()), &inputs, &[&initrd], || {
-            initramfs(&initrd, &agent, &busybox, &mut Modules::scan(root)?, &GUEST_MODULES)
+            let archive = initramfs(&agent, &busybox, &mut Modules::scan(root)?, &GUEST_MODULES)?;
+            stamp::write_whole(&initrd, &archive.finish()?)
         })?;
     }
+    devices_initramfs(paths, packages, &agent, &busybox)?;
     super::formats::prepare(paths, &paths.share().join("kernels/6.12-cloud/Image"))?;
     // A disk that nobody can open for writing: the share is read-only.
     stamp::write_whole(&paths.share().join("kernels/6.12/frozen.raw"), &[0; 4096])?;
@@ -142,7 +147,40 @@ fn flat_image(from: &Path, to: &Path) -> Result<()> {
     stamp::write_whole(to, &bytes)
 }
 
-fn initramfs(to: &Path, agent: &Path, busybox: &Path, modules: &mut Modules, wanted: &[&str]) -> Result<()> {
+/// The initramfs of guests with a device of the host: its drivers, and `lspci`.
+fn devices_initramfs(paths: &Paths, packages: &Packages, agent: &Path, busybox: &Path) -> Result<()> {
+    let tools = paths.lab.join("pciutils");
+    stamp::once(paths, "pciutils", "1", &[&tools.join(LOADER)], || {
+        libraries::fetch(paths, &["pciutils"], &["lspci"], &tools)
+    })?;
+    let root = packages.kernel(Kernel::V6_12);
+    let initrd = paths.share().join("kernels").join(Kernel::V6_12.name()).join(INITRD_DEVICES);
+    let wanted = [&GUEST_MODULES[..], &DEVICE_MODULES].concat();
+    let inputs = format!("{}{}\n{wanted:?}{APPLETS:?}", stamp::sum(&[agent, busybox])?, root.display());
+    stamp::once(paths, "initramfs-devices", &inputs, &[&initrd], || {
+        let mut archive = initramfs(agent, busybox, &mut Modules::scan(root)?, &wanted)?;
+        // Beside busybox's own, which shows less.
+        archive.add("sbin", ModeFileType::Directory, 0o755, &[])?;
+        archive.add("sbin/lspci", ModeFileType::Regular, 0o755, &fs::read(tools.join("bin/lspci"))?)?;
+        archive.add(
+            &format!("lib/{LOADER}"),
+            ModeFileType::Regular,
+            0o755,
+            &fs::read(tools.join(LOADER))?,
+        )?;
+        for entry in fs::read_dir(tools.join("lib"))?.flatten() {
+            let name = format!("lib/{}", entry.file_name().to_string_lossy());
+            // The loader is among the libraries that libraries ask for.
+            if entry.file_name() != LOADER {
+                archive.add(&name, ModeFileType::Regular, 0o755, &fs::read(entry.path())?)?;
+            }
+        }
+        stamp::write_whole(&initrd, &archive.finish()?)
+    })?;
+    Ok(())
+}
+
+fn initramfs(agent: &Path, busybox: &Path, modules: &mut Modules, wanted: &[&str]) -> Result<Archive> {
     let (list, files) = modules.pack(wanted)?;
     let mut archive = Archive::default();
     for folder in ["bin", "dev", "etc", "lib", "lib/modules", "proc", "run", "sys", "tmp"] {
@@ -158,7 +196,7 @@ fn initramfs(to: &Path, agent: &Path, busybox: &Path, modules: &mut Modules, wan
     for Module { path, bytes } in files {
         archive.add(path.trim_start_matches('/'), ModeFileType::Regular, 0o644, &bytes)?;
     }
-    stamp::write_whole(to, &archive.finish()?)
+    Ok(archive)
 }
 
 /// A cpio archive in the kernel's format (Linux, Documentation/driver-api/early-userspace/buffer-format.rst).

@@ -1,7 +1,9 @@
 //! `cargo xtask lab`: an emulated arm64 host, Outboard in it, a guest in that.
 
+mod devices;
 mod formats;
 mod images;
+mod libraries;
 mod modules;
 mod packages;
 mod peer;

@@ -1,102 +1,20 @@
 //! The peer: the distribution's QEMU for arm64, to compare with and to develop against.
 
-use super::RELEASE;
-use crate::debian::{Apt, Status, unpack};
+use super::libraries::{self, LOADER};
 use crate::paths::Paths;
 use crate::stamp;
-use anyhow::{Context, Result, bail};
-use object::read::elf::{ElfFile64, FileHeader};
-use std::collections::HashSet;
-use std::fs;
-use std::path::{Path, PathBuf};
+use anyhow::Result;
 
 /// Programs of the peer that the lab runs.
 const PROGRAMS: [&str; 2] = ["qemu-system-aarch64", "qemu-img"];
 const PACKAGES: [&str; 2] = ["qemu-system-arm", "qemu-utils"];
-const LOADER: &str = "ld-linux-aarch64.so.1";
 
 /// Puts the programs and the libraries they need into the share.
 pub fn prepare(paths: &Paths) -> Result<()> {
     let share = paths.share().join("peer");
     let inputs = format!("{PACKAGES:?} {PROGRAMS:?}");
     stamp::once(paths, "peer", &inputs, &[&share.join(LOADER)], || {
-        let root = paths.packages().join("peer");
-        fetch(paths, &root)?;
-        for program in PROGRAMS {
-            let file = root.join("usr/bin").join(program);
-            stamp::copy_if_changed(&file, &share.join("bin").join(program))?;
-        }
-        copy_libraries(&root, &share)?;
-        fs::remove_dir_all(&root).context("cannot remove what was unpacked")
+        libraries::fetch(paths, &PACKAGES, &PROGRAMS, &share)
     })?;
     Ok(())
-}
-
-fn fetch(paths: &Paths, root: &Path) -> Result<()> {
-    let apt = Apt::new(paths.lab.join("apt-arm64"), "arm64", RELEASE, Status::Empty)?;
-    apt.update()?;
-    let names: Vec<String> = PACKAGES.iter().map(|name| (*name).to_owned()).collect();
-    for file in apt.download_with_dependencies(&names)? {
-        unpack(&file, root)?;
-        fs::remove_file(&file)?;
-    }
-    Ok(())
-}
-
-/// Copies what the programs need, and what that needs, to `share/lib`.
-fn copy_libraries(root: &Path, share: &Path) -> Result<()> {
-    let machine = "aarch64-linux-gnu";
-    let folders = [root.join("lib").join(machine), root.join("usr/lib").join(machine), root.join("lib")];
-    let find = |name: &str| -> Result<PathBuf> {
-        let found = folders.iter().map(|folder| folder.join(name)).find(|path| path.exists());
-        // Some libraries stand in folders of their own (libpulsecommon); those are named by a search path in the program.
-        found
-            .or_else(|| search(&root.join("usr/lib"), name))
-            .with_context(|| format!("no package has {name}"))
-    };
-    let mut open: Vec<PathBuf> = PROGRAMS.iter().map(|name| share.join("bin").join(name)).collect();
-    let mut seen = HashSet::new();
-    while let Some(file) = open.pop() {
-        for name in needed(&fs::read(&file)?).with_context(|| format!("reading {}", file.display()))? {
-            if seen.insert(name.clone()) {
-                let target = share.join("lib").join(&name);
-                stamp::copy_if_changed(&find(&name)?, &target)?;
-                open.push(target);
-            }
-        }
-    }
-    stamp::copy_if_changed(&find(LOADER)?, &share.join(LOADER))
-}
-
-fn search(folder: &Path, name: &str) -> Option<PathBuf> {
-    for entry in fs::read_dir(folder).ok()?.flatten() {
-        let path = entry.path();
-        if entry.file_name() == name {
-            return Some(path);
-        }
-        if entry.file_type().is_ok_and(|kind| kind.is_dir())
-            && let Some(found) = search(&path, name)
-        {
-            return Some(found);
-        }
-    }
-    None
-}
-
-/// The shared libraries that an ELF file asks for (its DT_NEEDED entries).
-fn needed(elf: &[u8]) -> Result<Vec<String>> {
-    let file = ElfFile64::<object::Endianness>::parse(elf)?;
-    let endian = file.endian();
-    let sections = file.elf_header().sections(endian, elf)?;
-    let Some((entries, link)) = sections.dynamic(endian, elf)? else { bail!("it is not linked dynamically") };
-    let strings = sections.strings(endian, elf, link)?;
-    let mut names = Vec::new();
-    for entry in entries {
-        if entry.d_tag.get(endian) == u64::from(object::elf::DT_NEEDED) {
-            let offset = u32::try_from(entry.d_val.get(endian))?;
-            let name = strings.get(offset).ok().context("a name is outside of the string table")?;
-            names.push(String::from_utf8(name.to_vec())?);
-        }
-    }
-    Ok(names)
 }

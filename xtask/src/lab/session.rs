@@ -1,5 +1,6 @@
 //! The emulated host: a QEMU process, its command channel, its console.
 
+use super::devices;
 use super::images::HostImages;
 use crate::paths::Paths;
 use crate::process;
@@ -17,8 +18,6 @@ use std::time::{Duration, Instant};
 const START_LIMIT: Duration = Duration::from_secs(180);
 /// Memory of the emulated host in MiB: a guest of 2 GiB, disk images in memory, and room; half of a machine with 8 GB.
 const MEMORY_MIB: u32 = 4096;
-/// Size of its NVMe disk.
-const NVME_MIB: u64 = 64;
 
 /// The emulated host. Dropping it ends it.
 pub struct Session {
@@ -128,19 +127,6 @@ impl Drop for Session {
     }
 }
 
-/// An NVMe disk behind a root port of its own, for guests to have. Its contents are of no use after the session.
-fn add_nvme(paths: &Paths, command: &mut Command) -> Result<()> {
-    let image = paths.lab.join("nvme.img");
-    let file = File::create(&image).with_context(|| format!("cannot create {}", image.display()))?;
-    file.set_len(NVME_MIB << 20)?;
-    let path = image.to_str().context("the clone's path is not valid UTF-8; move it")?.replace(',', ",,");
-    command.arg("-drive").arg(format!("if=none,id=nvme,format=raw,file={path}"));
-    // Without hot plug a reset of the port's bus takes no time.
-    command.args(["-device", "pcie-root-port,id=port0,chassis=1,hotplug=off"]);
-    command.args(["-device", "nvme,drive=nvme,serial=outboard-lab,bus=port0"]);
-    Ok(())
-}
-
 fn emulator(paths: &Paths, images: &HostImages, console: &Path) -> Result<Command> {
     let share = |folder: PathBuf, tag: &str, more: &str| -> Result<String> {
         let path =
@@ -163,7 +149,7 @@ fn emulator(paths: &Paths, images: &HostImages, console: &Path) -> Result<Comman
     command.arg("-device").arg(format!("virtserialport,chardev=lab,name={PORT}"));
     command.arg("-virtfs").arg(share(paths.share(), SHARE_TAG, ",readonly=on")?);
     command.arg("-virtfs").arg(share(paths.out(), OUT_TAG, "")?);
-    add_nvme(paths, &mut command)?;
+    devices::add(paths, &mut command)?;
     command.arg("-kernel").arg(&images.kernel).arg("-initrd").arg(&images.initrd);
     command.args(["-append", "console=ttyAMA0 panic=-1 quiet lab.role=host"]);
     Ok(command)

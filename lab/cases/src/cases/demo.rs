@@ -3,7 +3,7 @@
 use crate::case::{Case, Group};
 use crate::data::Pattern;
 use crate::guest::disk::GuestDisk;
-use crate::guest::{Guest, net};
+use crate::guest::{Guest, load_module, net};
 use crate::host::{Disk, ExitKind, Host, Kernel, web_server};
 use crate::protocol::Command as FromXtask;
 use anyhow::{Context, Result, bail};
@@ -139,7 +139,7 @@ fn shell_host(host: &Host) -> Result<Option<String>> {
 
 fn shell_guest(guest: &mut Guest) -> Result<()> {
     for module in ["virtio_blk", "virtio_rng", "gpio_keys", "evdev"] {
-        guest.load(module)?;
+        load_module(module)?;
     }
     match net::up(guest) {
         Ok(lease) => println!("eth0 has {}; the emulated host is {}.", lease.address, lease.router),

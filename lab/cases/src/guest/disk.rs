@@ -2,9 +2,10 @@
 #![allow(unsafe_code)] // UNSAFETY: two ioctls of block devices that no safe wrapper has.
 
 use super::{Guest, wait_for};
-use crate::data::{Aligned, BLOCK, Pattern};
+use crate::data::{Aligned, BLOCK, Pattern, hex};
 use anyhow::{Context, Result, bail};
 use nix::libc;
+use sha2::{Digest, Sha256};
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -27,18 +28,27 @@ impl GuestDisk {
         Self::wait_open(name, write)
     }
 
-    /// Opens the first NVMe disk for writing, whose driver is loaded.
-    pub fn nvme() -> Result<Self> {
-        Self::wait_open("nvme0n1", true)
+    /// Opens `/dev/NAME`, whose driver is loaded, for writing.
+    pub fn direct(name: &str) -> Result<Self> {
+        Self::wait_open(name, true)
+    }
+
+    /// The same, through the guest's page cache.
+    pub fn cached(name: &str) -> Result<Self> {
+        Self::wait_open_with(name, true, 0)
     }
 
     fn wait_open(name: &str, write: bool) -> Result<Self> {
+        Self::wait_open_with(name, write, libc::O_DIRECT)
+    }
+
+    fn wait_open_with(name: &str, write: bool, flags: i32) -> Result<Self> {
         let path = PathBuf::from("/dev").join(name);
-        wait_for(&format!("disk {name}"), Duration::from_secs(20), || path.exists().then_some(()))?;
+        wait_for(&format!("disk {name}"), Duration::from_secs(30), || path.exists().then_some(()))?;
         let file = OpenOptions::new()
             .read(true)
             .write(write)
-            .custom_flags(libc::O_DIRECT)
+            .custom_flags(flags)
             .open(&path)
             .with_context(|| format!("cannot open {}", path.display()))?;
         Ok(Self { file, name: name.to_owned() })
@@ -91,6 +101,20 @@ impl GuestDisk {
                 Some(block) => bail!("{} block {block} does not hold what was written", self.name),
             }
         })
+    }
+
+    /// SHA-256 of `count` blocks from block `first` on.
+    pub fn sha256(&self, first: u64, count: u64) -> Result<String> {
+        let (mut buffer, mut sum) = (Aligned::new(CHUNK), Sha256::new());
+        self.in_chunks(first, count, |at, blocks| {
+            let bytes = &mut buffer.get_mut()[..blocks * BLOCK];
+            self.file
+                .read_exact_at(bytes, at * BLOCK as u64)
+                .with_context(|| format!("reading {} block {at}", self.name))?;
+            sum.update(bytes);
+            Ok(())
+        })?;
+        Ok(hex(&sum.finalize()))
     }
 
     /// Reads one block.
@@ -146,6 +170,11 @@ impl GuestDisk {
         }
         Ok(())
     }
+}
+
+/// Makes the guest forget what it has read of any disk, and what has been written back.
+pub fn drop_caches() -> Result<()> {
+    std::fs::write("/proc/sys/vm/drop_caches", "3").context("cannot drop the page cache")
 }
 
 // Linux, include/uapi/linux/fs.h.

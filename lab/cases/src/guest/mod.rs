@@ -1,9 +1,11 @@
 //! What the guest half of a case works with.
 
 pub mod disk;
+pub mod function;
 pub mod input;
 pub mod net;
 pub mod pci;
+pub mod sound;
 pub mod virtio;
 pub mod vsock;
 
@@ -12,7 +14,7 @@ use anyhow::{Context, Result, bail};
 use nix::kmod::{ModuleInitFlags, finit_module};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::reboot::RebootMode;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::fs;
 use std::io::Write;
 use std::os::fd::AsFd;
@@ -25,7 +27,6 @@ const MODULE_LIST: &str = "/etc/modules.load";
 /// The guest, as its init sees it.
 pub struct Guest {
     args: HashMap<String, String>,
-    loaded: HashSet<String>,
 }
 
 impl Guest {
@@ -36,7 +37,7 @@ impl Guest {
             .filter_map(|word| word.strip_prefix("lab.")?.split_once('='))
             .map(|(key, value)| (key.to_owned(), value.to_owned()))
             .collect();
-        Self { args, loaded: HashSet::new() }
+        Self { args }
     }
 
     /// The value that the host half gave for `key`.
@@ -53,21 +54,6 @@ impl Guest {
     /// Tells the host half a fact.
     pub fn note(&self, key: &str, value: impl Into<serde_json::Value>) {
         say(&GuestLine::Note(key.into(), value.into()));
-    }
-
-    /// Loads a module of the kernel and what it needs. A module that this kernel has built in, or does not have, is
-    /// `Ok(false)`.
-    pub fn load(&mut self, name: &str) -> Result<bool> {
-        let list = fs::read_to_string(MODULE_LIST).with_context(|| format!("cannot read {MODULE_LIST}"))?;
-        let Some(files) = list.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')) else {
-            return Ok(false);
-        };
-        for path in files.split_whitespace() {
-            if self.loaded.insert(path.to_owned()) {
-                load_file(path)?;
-            }
-        }
-        Ok(true)
     }
 
     /// Reboots; does not come back.
@@ -93,14 +79,24 @@ impl Guest {
 
     /// Loads a module that must be there.
     pub fn need(&mut self, name: &str) -> Result<()> {
-        if !self.load(name)? {
+        if !load_module(name)? {
             bail!("{MODULE_LIST} has no module {name}");
         }
         Ok(())
     }
 }
 
-/// Loads one module file.
+/// Loads a module of the kernel and what it needs. A module that this kernel has built in, or does not have, is `Ok(false)`.
+pub fn load_module(name: &str) -> Result<bool> {
+    let list = fs::read_to_string(MODULE_LIST).with_context(|| format!("cannot read {MODULE_LIST}"))?;
+    let Some(files) = list.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')) else {
+        return Ok(false);
+    };
+    files.split_whitespace().try_for_each(load_file)?;
+    Ok(true)
+}
+
+/// Loads one module file; one that is there already is left as it is.
 pub fn load_file(path: &str) -> Result<()> {
     let file = fs::File::open(path).with_context(|| format!("cannot open the module {path}"))?;
     match finit_module(&file, c"", ModuleInitFlags::empty()) {

@@ -1,13 +1,18 @@
 //! What the host half of a case works with.
 
+mod assigned;
+mod ports;
 mod serve;
 mod spec;
 mod vm;
 
+pub use assigned::{Assigned, AssignedSlot, Dma, SmmuFault, driver_of, outboard, smmu_faults};
+pub use ports::Port;
 pub use serve::{DNS_ANSWER, DNS_NAME, dns_server, web_server};
-pub use spec::{Console, Disk, GuestSpec, Kernel};
+pub use spec::{Console, Disk, GuestSpec, INITRD_DEVICES, Kernel};
 pub use vm::{ExitKind, RunningVm};
 
+use crate::guest::load_module;
 use crate::protocol::{Event, Outcome, Vmm};
 use anyhow::{Context, Result, bail};
 use std::cell::Cell;
@@ -23,6 +28,11 @@ pub const SHARE: &str = "/lab";
 pub const OUT: &str = "/out";
 /// Memory-backed scratch of the running case; emptied between cases.
 pub const WORK: &str = "/run/case";
+/// Modules that the emulated host loads at once: the shared folders, and what hands PCI devices to a guest.
+pub const MODULES: [&str; 6] =
+    ["virtio_pci", "virtio_console", "9p", "9pnet_virtio", "vfio_iommu_type1", "vfio_pci"];
+/// Modules that host halves may ask for: the network between host and guest, the host's own drivers of what guests get.
+pub const CASE_MODULES: [&str; 2] = ["virtio_net", "nvme"];
 
 /// The emulated host, as a case sees it.
 pub struct Host {
@@ -94,6 +104,14 @@ impl Host {
         let logs = Path::new(OUT).join("logs");
         let stem = format!("{}-{boot}", self.case);
         RunningVm::start(spec, &logs, &stem, self.stream_console.get())
+    }
+
+    /// Loads a module of [`CASE_MODULES`]; it stays for the cases that follow.
+    pub fn need(&self, module: &str) -> Result<()> {
+        if !load_module(module)? {
+            bail!("the emulated host has no module {module}");
+        }
+        Ok(())
     }
 
     /// A path in the case's scratch.

@@ -1,10 +1,13 @@
 //! A guest to be, and the command line that makes it in either monitor.
 
-use super::{SHARE, outboard_path, peer_program};
+use super::{Assigned, AssignedSlot, Dma, SHARE, outboard_path, peer_program};
 use crate::protocol::Vmm;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+
+/// File name of the initramfs for guests with devices of the host, beside the ordinary one.
+pub const INITRD_DEVICES: &str = "initrd-devices.cpio";
 
 /// A kernel of the distribution.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,6 +106,10 @@ pub struct GuestSpec {
     pub console: Console,
     /// Kernel command line.
     pub append: String,
+    /// Devices of the emulated host.
+    pub devices: Vec<AssignedSlot>,
+    /// How they find the guest's memory (Outboard only).
+    pub dma: Dma,
     /// Further arguments for Outboard.
     pub extra: Vec<OsString>,
 }
@@ -119,6 +126,8 @@ impl GuestSpec {
             net: None,
             console: Console::Stdio,
             append: format!("console=ttyAMA0 panic=-1 quiet lab.case={case}"),
+            devices: Vec::new(),
+            dma: Dma::of(case),
             extra: Vec::new(),
         }
     }
@@ -172,6 +181,19 @@ impl GuestSpec {
         self
     }
 
+    /// With the devices of `assigned`, and the initramfs that has their drivers.
+    pub fn devices(self, assigned: &Assigned) -> Self {
+        let mut spec = self.device_drivers();
+        spec.devices.extend_from_slice(assigned.slots());
+        spec
+    }
+
+    /// With the initramfs that has drivers of devices, and `lspci`; only [`Kernel::V6_12`] has one.
+    pub fn device_drivers(mut self) -> Self {
+        self.initrd.set_file_name(INITRD_DEVICES);
+        self
+    }
+
     /// With further arguments for Outboard.
     pub fn extra(mut self, args: &[&str]) -> Self {
         self.extra.extend(args.iter().map(OsString::from));
@@ -209,6 +231,9 @@ impl GuestSpec {
             Console::Stdio => command.arg("--console").arg("stdio"),
             Console::Socket(path) => command.arg("--console").arg(format!("socket:{}", path.display())),
         };
+        for device in &self.devices {
+            command.arg("--device").arg(self.dma.device(&device.slot));
+        }
         command.args(&self.extra);
         command
     }
@@ -248,6 +273,17 @@ impl GuestSpec {
             command.arg("-device").arg("virtio-net-pci,netdev=n0,disable-legacy=on,romfile=");
         }
         command.arg("-device").arg("virtio-rng-pci,disable-legacy=on");
+        for (index, device) in self.devices.iter().enumerate() {
+            command.arg("-device").arg(format!("pcie-root-port,id=slot{index},chassis={}", index + 1));
+            for function in &device.functions {
+                let number = function.rsplit('.').next().unwrap_or_default();
+                let several =
+                    if number == "0" && device.functions.len() > 1 { ",multifunction=on" } else { "" };
+                command
+                    .arg("-device")
+                    .arg(format!("vfio-pci,host={function},bus=slot{index},addr=0.{number}{several}"));
+            }
+        }
         match &self.console {
             Console::Stdio => command.arg("-serial").arg("stdio"),
             Console::Socket(path) => {

@@ -1,0 +1,54 @@
+//! The PCI devices of the emulated host that guests get: hardware to it, behind its SMMU.
+
+use crate::paths::Paths;
+use anyhow::{Context, Result};
+use lab_cases::host::Port;
+use std::fs::File;
+use std::process::Command;
+
+/// Size of a disk. Its contents are of no use after the session.
+const DISK_MIB: u64 = 64;
+
+/// Adds them to the emulator's command line, and the emulated host's own end of the network.
+pub fn add(paths: &Paths, command: &mut Command) -> Result<()> {
+    for port in Port::ALL {
+        // Without hot plug a reset of the port's bus takes no time.
+        command.arg("-device").arg(format!(
+            "pcie-root-port,id={},chassis={},addr={:#x},hotplug=off",
+            port.id(),
+            port.device(),
+            port.device()
+        ));
+    }
+    let mut device = |port: Port, text: &str| {
+        command.arg("-device").arg(format!("{text},bus={}", port.id()));
+    };
+    device(Port::Nvme, "nvme,id=nvme,drive=nvme,serial=outboard-lab");
+    device(Port::Network, "e1000e,id=net,netdev=guest-wire,romfile=");
+    device(Port::Usb, "qemu-xhci,id=usb");
+    device(Port::Sata, "ich9-ahci,id=sata");
+    device(Port::Sound, "ich9-intel-hda,id=sound");
+    device(Port::Several, "ich9-ahci,id=sata2,addr=0.0,multifunction=on");
+    device(Port::Several, "ich9-intel-hda,id=sound2,addr=0.1");
+    for name in ["nvme", "stick", "sata", "sata2"] {
+        add_drive(paths, command, name)?;
+    }
+    command.args(["-device", "usb-storage,bus=usb.0,drive=stick"]);
+    command.args(["-device", "ide-hd,bus=sata.0,drive=sata", "-device", "ide-hd,bus=sata2.0,drive=sata2"]);
+    command.args(["-audiodev", "none,id=silence"]);
+    command.args(["-device", "hda-output,bus=sound.0,audiodev=silence"]);
+    command.args(["-device", "hda-output,bus=sound2.0,audiodev=silence"]);
+    // A wire from the guest's card to the emulated host's own.
+    command.args(["-netdev", "hubport,id=guest-wire,hubid=1", "-netdev", "hubport,id=host-wire,hubid=1"]);
+    command.args(["-device", "virtio-net-pci,netdev=host-wire,romfile="]);
+    Ok(())
+}
+
+fn add_drive(paths: &Paths, command: &mut Command, name: &str) -> Result<()> {
+    let image = paths.lab.join(format!("{name}.img"));
+    let file = File::create(&image).with_context(|| format!("cannot create {}", image.display()))?;
+    file.set_len(DISK_MIB << 20)?;
+    let path = image.to_str().context("the clone's path is not valid UTF-8; move it")?.replace(',', ",,");
+    command.arg("-drive").arg(format!("if=none,id={name},format=raw,file={path}"));
+    Ok(())
+}
