@@ -3,12 +3,14 @@
 use crate::console::ConsolePump;
 use crate::devices::{DeviceKind, Functions, Host, KernelDoorbells, open_disks};
 use crate::intx::IntxLines;
-use crate::memory::{self, DmaMapping, Ram};
-use crate::passthrough::{Connections, GuestSlot, HostSlot};
+use crate::memory::{self, Ram};
+use crate::passthrough::{Connections, HostSlot};
 use crate::run::{EventSender, MachineEvent};
+use crate::slots::{Reply, Slots};
 use crate::vcpus::{Entry, Reporter, Vcpus};
 use crate::{ConsoleTarget, Error, MachineSpec};
 use outboard_bus::{IrqLine, MmioBus, MsiMessage, MsiSink, warn_limited};
+use outboard_host_pci::Selection;
 use outboard_hypervisor::{Capabilities, GicConfig, Hypervisor, InterruptController, Vm, VmOptions, mpidr};
 use outboard_passthrough::Vacated;
 use outboard_pci::{Ecam, RootComplex, Windows};
@@ -18,7 +20,6 @@ use outboard_platform::layout::{self, AddressSpace};
 use outboard_platform::{Pl011, Pl031, Pl061};
 use outboard_virtio::DoorbellBinder;
 use outboard_virtio::block::Disk;
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -60,7 +61,7 @@ impl Inputs {
         if spec.console == ConsoleTarget::Stdio && spec.virtio_console == ConsoleTarget::Stdio {
             return Err(Error::TwoOnTerminal);
         }
-        let devices = DeviceKind::list(spec).len() + spec.devices.len();
+        let devices = DeviceKind::list(spec).len() + spec.devices.len() + spec.spare_ports;
         if devices > PCI_SLOTS {
             return Err(Error::TooManyDevices { asked: devices, most: PCI_SLOTS });
         }
@@ -76,10 +77,7 @@ pub(crate) struct Machine {
     console: ConsolePump,
     root: Arc<RootComplex>,
     functions: Functions,
-    /// By device number of their root port.
-    slots: BTreeMap<u8, GuestSlot>,
-    /// Guest memory that a broken device may still write.
-    retained: Vec<DmaMapping>,
+    slots: Slots,
     bus: Arc<MmioBus>,
     power_key: Arc<Pl061>,
     ram: Ram,
@@ -112,16 +110,19 @@ impl Machine {
         let first_port = devices.len() as u8 + 1;
         let functions = Functions::plug(devices, &root, ram.memory(), &msi, binder.as_ref())?;
         let lines = IntxLines::new(&gic);
-        let connections = Connections { vm: &vm, gic: &gic, msi: &msi, lines: &lines, kernel_events, events };
-        let slots = plug_slots(host, first_port, &root, &ram, &connections)?;
+        let events = events.clone();
+        let connections =
+            Connections { vm: vm.clone(), gic, msi, lines, kernel_events, events: events.clone() };
+        let slots = Slots::plug(host, first_port, &root, &ram, connections)?;
         tracing::debug!("devices are in place");
         let loaded = load_guest(spec, inputs, &ram)?;
         tracing::debug!("guest is loaded, kernel at {:#x}", loaded.entry);
         let panic_watch = host.panic_watch.clone();
         let console = ConsolePump::start(uart, host.console.clone(), panic_watch, events.clone())?;
         let entry = Entry { pc: loaded.entry, fdt: loaded.fdt };
-        let vcpus = Vcpus::start(&vm, spec.cpus, entry, &bus, &reporter(events))?;
-        Ok(Self { vcpus, console, root, functions, slots, retained: Vec::new(), bus, power_key, ram })
+        let vcpus = Vcpus::start(&vm, spec.cpus, entry, &bus, &reporter(&events))?;
+        host.show(&bus, &slots);
+        Ok(Self { vcpus, console, root, functions, slots, bus, power_key, ram })
     }
 
     /// Lets the guest run.
@@ -136,10 +137,20 @@ impl Machine {
 
     /// The device behind root port `device` is no longer the guest's, after a reboot neither.
     pub(crate) fn vacate(&mut self, device: u8, why: &Vacated, host: &mut Host) {
-        if let Some(slot) = self.slots.remove(&device) {
-            host.slots.retain(|open| open.selection() != slot.selection());
-            self.retained.extend(slot.vacate(why));
-        }
+        self.slots.vacate(device, why, host);
+    }
+
+    /// Asks the guest to let go of a device; `reply` hears of it once it has.
+    pub(crate) fn eject(&mut self, selection: Selection, reply: Reply) {
+        self.slots.eject(selection, reply);
+    }
+
+    /// Gives the running guest a device. Returns the index of its root port.
+    ///
+    /// # Errors
+    /// [`Error`]; the device is closed then.
+    pub(crate) fn add(&mut self, slot: HostSlot, host: &mut Host) -> Result<usize, Error> {
+        self.slots.add(slot, &self.ram, host)
     }
 
     /// Stops and releases everything but the host's ends of the devices, which go back to `host`. Whether the guest's
@@ -148,13 +159,13 @@ impl Machine {
     /// First the vCPUs, so that nobody starts anything new; then the devices, which stop writing to guest memory; only then
     /// the memory is unmapped, and the VM goes with the last reference to it.
     pub(crate) fn stop(self, host: &mut Host) -> bool {
-        let Self { vcpus, console, root, functions, slots, retained, bus, power_key, ram } = self;
+        let Self { vcpus, console, root, functions, slots, bus, power_key, ram } = self;
+        host.board.taken_apart();
         vcpus.pause();
         root.reset();
         drop(vcpus);
         // Their functions were reset above; now guest memory leaves their DMA domains.
         drop(slots);
-        drop(retained);
         let stats = bus.stats();
         if stats.unmapped + stats.refused > 0 {
             let (unmapped, refused) = (stats.unmapped, stats.refused);
@@ -170,21 +181,6 @@ impl Machine {
         drop(ram);
         host.panic_watch.take()
     }
-}
-
-/// The host's slots, each with all of guest RAM in its DMA domain unless the guest asks for what it needs.
-fn plug_slots(
-    host: &Host,
-    first_port: u8,
-    root: &Arc<RootComplex>,
-    ram: &Ram,
-    connections: &Connections<'_>,
-) -> Result<BTreeMap<u8, GuestSlot>, Error> {
-    let plug = |(device, slot): (u8, &HostSlot)| {
-        let memory = if slot.asks() { None } else { Some(ram.map_for_dma(slot.domain())?) };
-        Ok((device, GuestSlot::plug(slot, device, root, memory, connections)?))
-    };
-    (first_port..).zip(&host.slots).map(plug).collect()
 }
 
 fn kernel_doorbells(vm: &Arc<dyn Vm>) -> Arc<dyn DoorbellBinder> {

@@ -3,8 +3,10 @@
 use crate::console::{ConsoleHost, PanicWatch, VirtioEnd};
 use crate::passthrough::HostSlot;
 use crate::run::EventSender;
+use crate::slots::Slots;
+use crate::status::Board;
 use crate::{Error, MachineSpec};
-use outboard_bus::{Event, MsiSink, warn_limited};
+use outboard_bus::{Event, MmioBus, MsiSink, warn_limited};
 use outboard_hypervisor::Vm;
 use outboard_pci::RootComplex;
 use outboard_virtio::block::{Block, Disk};
@@ -49,7 +51,9 @@ pub(crate) struct Host {
     pub(crate) console: Arc<Mutex<ConsoleHost>>,
     pub(crate) panic_watch: Arc<PanicWatch>,
     pub(crate) devices: Devices,
-    pub(crate) slots: Vec<HostSlot>,
+    /// One for each root port; `None` where it has nothing behind it.
+    pub(crate) slots: Vec<Option<HostSlot>>,
+    pub(crate) board: Arc<Board>,
 }
 
 impl Host {
@@ -57,7 +61,12 @@ impl Host {
     ///
     /// # Errors
     /// [`Error`] for what cannot be opened; everything opened so far is closed then.
-    pub(crate) fn open(spec: &MachineSpec, disks: Vec<Disk>, events: &EventSender) -> Result<Self, Error> {
+    pub(crate) fn open(
+        spec: &MachineSpec,
+        disks: Vec<Disk>,
+        events: &EventSender,
+        board: &Arc<Board>,
+    ) -> Result<Self, Error> {
         let panic_watch = Arc::new(PanicWatch::default());
         let mut disks = disks.into_iter();
         let mut devices = Devices::new();
@@ -81,10 +90,24 @@ impl Host {
                 DeviceKind::Entropy => Box::new(Entropy::new()),
             });
         }
-        let slots = spec.devices.iter().map(|device| HostSlot::open(*device)).collect::<Result<_, _>>()?;
+        let slots = spec.devices.iter().map(|device| HostSlot::open(*device).map(Some));
+        let mut slots: Vec<Option<HostSlot>> = slots.collect::<Result<_, _>>()?;
+        slots.resize_with(slots.len() + spec.spare_ports, || None);
         // The terminal last: nothing that fails after it leaves it raw for long.
         let console = Arc::new(Mutex::new(ConsoleHost::open(&spec.console)?));
-        Ok(Self { console, panic_watch, devices, slots })
+        Ok(Self { console, panic_watch, devices, slots, board: board.clone() })
+    }
+}
+
+impl Host {
+    /// Puts a machine that stands on the board, with what is in its slots.
+    pub(crate) fn show(&self, bus: &Arc<MmioBus>, slots: &Slots) {
+        self.board.built(bus, slots.ports());
+        for (index, slot) in self.slots.iter().enumerate() {
+            if let Some(slot) = slot {
+                self.board.filled(index, slot.selection().to_string(), slot.functions());
+            }
+        }
     }
 }
 

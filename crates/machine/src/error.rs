@@ -67,6 +67,14 @@ pub enum Error {
     /// A device of the host cannot be given to the guest.
     #[error(transparent)]
     Device(#[from] outboard_host_pci::host::Refusal),
+    /// The name is taken, or nobody could ask for it.
+    #[error(transparent)]
+    Control(#[from] outboard_control::Error),
+    /// No place for one more device.
+    #[error(
+        "the machine has no free root port for another device: remove one first, or start it with --spare-ports"
+    )]
+    NoFreePort,
     /// A device of the host cannot be used.
     #[error(transparent)]
     HostPci(outboard_host_pci::Error),

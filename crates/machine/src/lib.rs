@@ -2,6 +2,7 @@
 
 mod build;
 mod console;
+mod control;
 mod devices;
 mod error;
 mod intx;
@@ -10,7 +11,9 @@ mod passthrough;
 mod plan;
 mod run;
 mod signals;
+mod slots;
 mod spec;
+mod status;
 mod terminal;
 mod vcpus;
 

@@ -8,12 +8,12 @@ use crate::run::{EventSender, MachineEvent};
 use crate::{DeviceSpec, Error};
 use outboard_bus::{Event, MsiMessage, MsiSink};
 use outboard_host_pci::host::Refusal;
-use outboard_host_pci::{DmaDomain, HostFunction, MappedBar, Selection};
+use outboard_host_pci::{DmaDomain, HostFunction, MappedBar, PciAddress, Selection};
 use outboard_hypervisor::{InterruptController, MemoryKind, Vm};
 use outboard_passthrough::{
     Function, GuestMapper, IntxWiring, Loss, Slot, SlotListener, Vacated, VectorBinder, Wiring, WiringError,
 };
-use outboard_pci::{HotPlug, RootComplex, RootPort};
+use outboard_pci::{RootComplex, RootPort};
 use outboard_platform::layout;
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
@@ -49,6 +49,10 @@ impl HostSlot {
         self.spec.selection
     }
 
+    pub(crate) fn functions(&self) -> &[Arc<dyn HostFunction>] {
+        &self.functions
+    }
+
     /// Whether the guest asks for each mapping.
     pub(crate) fn asks(&self) -> bool {
         self.spec.dma.asks()
@@ -60,13 +64,13 @@ impl HostSlot {
 }
 
 /// What every slot of a VM is connected to.
-pub(crate) struct Connections<'a> {
-    pub(crate) vm: &'a Arc<dyn Vm>,
-    pub(crate) gic: &'a Arc<dyn InterruptController>,
-    pub(crate) msi: &'a Arc<dyn MsiSink>,
-    pub(crate) lines: &'a IntxLines,
+pub(crate) struct Connections {
+    pub(crate) vm: Arc<dyn Vm>,
+    pub(crate) gic: Arc<dyn InterruptController>,
+    pub(crate) msi: Arc<dyn MsiSink>,
+    pub(crate) lines: IntxLines,
     pub(crate) kernel_events: bool,
-    pub(crate) events: &'a EventSender,
+    pub(crate) events: EventSender,
 }
 
 /// A slot of the VM with the host's functions in it.
@@ -74,27 +78,24 @@ pub(crate) struct Connections<'a> {
 /// Field order is drop order: the functions have given up the device before guest memory is taken out of its domain.
 pub(crate) struct GuestSlot {
     selection: Selection,
-    _slot: Slot,
+    slot: Slot,
     /// All of guest memory, where the guest need not ask for each mapping.
     memory: Option<DmaMapping>,
 }
 
 impl GuestSlot {
-    /// Puts the functions of `slot` behind a new root port with device number `device` on bus 0, numbered as on the host.
+    /// Puts the functions of `slot` behind `port`, which has device number `device` on bus 0 and signals its power, numbered as on the host.
     ///
     /// # Errors
     /// [`Error::Passthrough`], [`Error::Slot`].
     pub(crate) fn plug(
         slot: &HostSlot,
         device: u8,
+        port: (Arc<RootPort>, Arc<Event>),
         root: &Arc<RootComplex>,
         memory: Option<DmaMapping>,
-        connections: &Connections<'_>,
+        connections: &Connections,
     ) -> Result<Self, Error> {
-        let power = Arc::new(Event::new().map_err(Error::Thread)?);
-        let hot_plug = HotPlug { msi: connections.msi.clone(), power: power.clone() };
-        let port = Arc::new(RootPort::with_hot_plug(device, hot_plug));
-        root.add_port(device, port.clone())?;
         let mapper = Arc::new(Mapper { vm: connections.vm.clone(), bars: Mutex::default() });
         let vectors = Arc::new(Vectors(connections.gic.clone()));
         let vectors = connections.kernel_events.then_some(vectors as Arc<dyn VectorBinder>);
@@ -106,19 +107,29 @@ impl GuestSlot {
         let functions = slot.functions.iter().map(wire).collect::<Result<_, Error>>()?;
         let listener = Arc::new(Vacancy { device, events: connections.events.clone() });
         let selection = slot.selection();
-        let _slot = Slot::plug(root, device, (port, power), functions, listener)?;
+        let slot = Slot::plug(root, device, port, functions, listener)?;
         tracing::info!("{selection} is in the guest, behind root port 00:{device:02x}.0");
-        Ok(Self { selection, _slot, memory })
+        Ok(Self { selection, slot, memory })
     }
 
     pub(crate) fn selection(&self) -> Selection {
         self.selection
     }
 
+    /// Where its functions are on the host.
+    pub(crate) fn addresses(&self) -> Vec<PciAddress> {
+        self.slot.functions().iter().map(|function| function.host().identity().address).collect()
+    }
+
+    /// Asks the guest to let go of it.
+    pub(crate) fn request_eject(&self) {
+        self.slot.request_eject();
+    }
+
     /// The guest no longer has the device: closes it. Memory that the device may still write stays in its domain.
     pub(crate) fn vacate(self, why: &Vacated) -> Option<DmaMapping> {
-        let Self { selection, _slot, memory } = self;
-        drop(_slot);
+        let Self { selection, slot, memory } = self;
+        drop(slot);
         let Vacated::Lost(losses) = why else {
             tracing::warn!("the guest has let go of {selection}");
             return None;
@@ -155,7 +166,7 @@ impl SlotListener for Vacancy {
 fn wire_pin(
     host: &dyn HostFunction,
     device: u8,
-    connections: &Connections<'_>,
+    connections: &Connections,
 ) -> Result<Option<IntxWiring>, Error> {
     let pin = match host.config_read(INTERRUPT_PIN, outboard_bus::Width::B1).map_err(Error::HostPci)? {
         pin @ 1..=4 => pin - 1,

@@ -58,6 +58,9 @@ impl fmt::Display for Plan<'_> {
         for (slot, device) in (first_port..).zip(&spec.devices) {
             writeln!(f, "  00:{slot:02x}.0  root port with the host's {device}")?;
         }
+        for slot in (first_port + spec.devices.len()..).take(spec.spare_ports) {
+            writeln!(f, "  00:{slot:02x}.0  root port, free")?;
+        }
         writeln!(f, "address space ({} bits)", inputs.space.ipa_bits)?;
         for (name, start, end) in [
             ("GIC distributor", layout::GIC_DISTRIBUTOR, layout::GIC_DISTRIBUTOR + 0x1_0000),

@@ -1,12 +1,16 @@
 //! The life of a machine: boot, reboots, the ways it ends.
 
 use crate::build::{Inputs, Machine};
+use crate::control::{self, Order};
 use crate::devices::Host;
 use crate::signals::Signals;
+use crate::status::Board;
 use crate::vcpus::VcpuEvent;
 use crate::{Error, MachineSpec};
+use outboard_control::GuestState;
 use outboard_hypervisor::Hypervisor;
 use outboard_passthrough::Vacated;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
@@ -41,6 +45,8 @@ pub(crate) enum MachineEvent {
         device: u8,
         why: Vacated,
     },
+    /// A client of the control socket.
+    Control(Order),
 }
 
 /// Sends events from any thread; after the machine ended they go nowhere.
@@ -72,14 +78,32 @@ pub fn run(spec: &MachineSpec, hypervisor: &dyn Hypervisor) -> Result<Outcome, E
     let sender = EventSender(sender);
     // Before the terminal is touched, so that no signal leaves it raw.
     let signals = Signals::install(sender.clone())?;
-    let mut host = Host::open(spec, std::mem::take(&mut inputs.disks), &sender)?;
+    let board = Arc::new(Board::new(spec));
+    let control = control::listen(spec, &board, &sender)?;
+    let outcome = boots(spec, hypervisor, &mut inputs, (&sender, events), (&signals, &board));
+    // The channel has gone with `boots`, so that every request under way is answered by now.
+    drop(control);
+    outcome
+}
+
+/// Boots the machine again and again until it ends for good.
+fn boots(
+    spec: &MachineSpec,
+    hypervisor: &dyn Hypervisor,
+    inputs: &mut Inputs,
+    (sender, events): (&EventSender, Receiver<MachineEvent>),
+    (signals, board): (&Signals, &Arc<Board>),
+) -> Result<Outcome, Error> {
+    let mut host = Host::open(spec, std::mem::take(&mut inputs.disks), sender, board)?;
     let mut power = PowerButton::default();
     loop {
-        let mut machine = Machine::build(spec, &inputs, &mut host, hypervisor, &sender)?;
+        board.set_state(GuestState::Starting);
+        let mut machine = Machine::build(spec, inputs, &mut host, hypervisor, sender)?;
+        board.set_state(GuestState::Running);
         tracing::debug!("machine is built");
         let end = power.watch(&mut machine, &mut host, &events);
         let panicked = machine.stop(&mut host);
-        forget_guest_events(&events, &sender);
+        forget_guest_events(&events, sender);
         match end {
             End::Reset | End::Outcome(Outcome::PowerOff) if panicked => return Ok(Outcome::GuestPanic),
             End::Reset if spec.no_reboot => return Ok(Outcome::PowerOff),
@@ -121,6 +145,7 @@ impl PowerButton {
                 Ok(MachineEvent::GuestPanic) => return End::Outcome(Outcome::GuestPanic),
                 Ok(MachineEvent::Leave) => return End::Outcome(Outcome::Killed),
                 Ok(MachineEvent::SlotVacated { device, why }) => machine.vacate(device, &why, host),
+                Ok(MachineEvent::Control(order)) => obey(order, machine, host),
                 Ok(MachineEvent::Terminate) if self.pressed.is_some() => {
                     tracing::warn!("asked a second time to stop; stopping the guest hard");
                     return End::Outcome(Outcome::Killed);
@@ -130,6 +155,7 @@ impl PowerButton {
                         "pressing the guest's power key; asked again, or in 30 s, it is stopped hard"
                     );
                     self.pressed = Some(Instant::now());
+                    host.board.set_state(GuestState::PoweringOff);
                     machine.set_power_key(true);
                 }
                 Err(RecvTimeoutError::Timeout) => {
@@ -150,6 +176,17 @@ impl PowerButton {
     fn timeout(&self) -> Option<Duration> {
         let after = if self.released { POWER_OFF_GRACE } else { KEY_PRESS };
         self.pressed.map(|pressed| after.saturating_sub(pressed.elapsed()))
+    }
+}
+
+/// Does what a client of the control socket wants; one that has given up hears nothing.
+fn obey(order: Order, machine: &mut Machine, host: &mut Host) {
+    match order {
+        Order::Remove(selection, reply) => machine.eject(selection, reply),
+        Order::Add(slot, reply) => {
+            let added = machine.add(slot, host).map_err(|error| error.to_string());
+            let _ = reply.send(added);
+        }
     }
 }
 

@@ -12,6 +12,8 @@ use std::str::FromStr;
 /// Everything a user says about a machine.
 #[derive(Clone, Debug)]
 pub struct MachineSpec {
+    /// What `outboard status` calls it; without one it gets the first free of vm1, vm2, …
+    pub name: Option<outboard_control::Name>,
     /// Kernel file.
     pub kernel: PathBuf,
     /// Initial RAM disk.
@@ -34,6 +36,8 @@ pub struct MachineSpec {
     pub vsock: Option<VsockSpec>,
     /// Slots or functions of the host to give to the guest.
     pub devices: Vec<DeviceSpec>,
+    /// Root ports with nothing behind them, for devices that come while the guest runs.
+    pub spare_ports: usize,
     /// End the process when the guest reboots.
     pub no_reboot: bool,
     /// For every vCPU.

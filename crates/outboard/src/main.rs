@@ -1,5 +1,6 @@
 //! The `outboard` program: parse, call, print.
 
+mod control;
 mod devices;
 mod logging;
 mod run;
@@ -23,6 +24,10 @@ enum Command {
     Run(Box<run::RunArgs>),
     /// Show the host's PCI devices, and make them ready for a guest.
     Devices(devices::DevicesArgs),
+    /// Show the virtual machines of this user that are running, and what became of their devices.
+    Status(control::StatusArgs),
+    /// Remove a device of the host from a running guest, or add one.
+    Device(control::DeviceArgs),
     /// Replay DMA traces: would they fit a Mac's limits, and with which policy?
     Fit(outboard_fit::Args),
 }
@@ -41,6 +46,8 @@ fn main() -> ExitCode {
     let status = match cli.command {
         Command::Run(args) => run::run(&args),
         Command::Devices(args) => devices::devices(&args),
+        Command::Status(args) => control::status(&args),
+        Command::Device(args) => control::device(&args),
         Command::Fit(args) => fit(&args),
     };
     outboard_machine::restore_terminal();

@@ -1,4 +1,5 @@
 use clap::Args;
+use outboard_control::Name;
 use outboard_hypervisor::{Capabilities, ThreadPriority, VcpuOptions};
 use outboard_machine::{
     ConsoleTarget, DeviceSpec, DiskSpec, EXIT_KILLED, Error, Inputs, MachineSpec, Outcome, Plan, VsockSpec,
@@ -71,6 +72,14 @@ pub struct RunArgs {
     )]
     devices: Vec<DeviceSpec>,
 
+    /// Name for `outboard status` and `outboard device`; without it the first free one of vm1, vm2, … is taken.
+    #[arg(long, value_name = "NAME")]
+    name: Option<Name>,
+
+    /// Root ports with nothing behind them, for devices that `outboard device add` brings while the guest runs.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    spare_ports: u8,
+
     /// Do not use the terminal: without --console, the guest's console goes nowhere.
     #[arg(long)]
     headless: bool,
@@ -97,6 +106,7 @@ impl RunArgs {
         let default_console = if self.headless { ConsoleTarget::None } else { ConsoleTarget::Stdio };
         let priority = if self.high_priority { ThreadPriority::High } else { ThreadPriority::Normal };
         MachineSpec {
+            name: self.name.clone(),
             kernel: self.kernel.clone(),
             initrd: self.initrd.clone(),
             command_line: self.append.clone(),
@@ -108,6 +118,7 @@ impl RunArgs {
             nets: self.nets.clone(),
             vsock: self.vsock.clone(),
             devices: self.devices.clone(),
+            spare_ports: self.spare_ports.into(),
             no_reboot: self.no_reboot,
             vcpu: VcpuOptions { tso: self.tso, priority },
         }
