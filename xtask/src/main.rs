@@ -3,6 +3,7 @@
 mod arm64;
 mod bench;
 mod debian;
+mod guest_module;
 mod lab;
 mod lint;
 mod paths;
@@ -29,6 +30,8 @@ enum Task {
     Lab(lab::Options),
     /// Run every check: lints, tests of the crates, cases in the lab
     Test(test::Options),
+    /// Build the guest's kernel module for the lab's kernels
+    Module,
     /// Check format, clippy, layers and other rules, and the targets that are not run here
     Lint,
     /// Measure Outboard beside QEMU
@@ -57,6 +60,7 @@ fn run(task: &Task) -> Result<bool> {
     match task {
         Task::Lab(options) => lab::run(&paths, options),
         Task::Test(options) => test::run(&paths, options),
+        Task::Module => lab::build_modules(&paths),
         Task::Bench(options) => bench::run(&paths, options),
         Task::Lint => {
             let counts = lint::run(&paths);

@@ -53,7 +53,7 @@ pub use planner::{Failure, Outcome, Planner, Request, Stats, Step};
 pub use policy::{Limits, Policy};
 pub use slot::{Private, Slot};
 pub use storage::{Bounds, MAX_RAM_RANGES, Storage, StorageError};
-pub use table::{Table, UnknownMapping, Use};
+pub use table::{Table, UnknownMapping, Use, Window};
 
 /// Unit of every mapping: a Mac's page, 16 KiB (dart-and-dma 3.1).
 pub const GRANULE: u64 = 16 << 10;

@@ -38,6 +38,8 @@ pub struct Request {
     pub bus: u64,
     /// True to unmap, false to map.
     pub unmap: bool,
+    /// To map: nobody waits for it, so it is not worth waiting for.
+    pub ahead: bool,
     /// The caller notes the result here.
     pub outcome: Outcome,
     window: u32,
@@ -516,7 +518,7 @@ impl<'a> Planner<'a> {
         table.ram.set(range, id);
         self.bytes = self.bytes.saturating_add(range.len);
         self.entries = self.entries.saturating_add(1);
-        self.line(Request { range, window: id, ..Request::default() });
+        self.line(Request { range, ahead, window: id, ..Request::default() });
         true
     }
 

@@ -23,6 +23,19 @@ pub struct Use {
     pub slack: u64,
 }
 
+/// A window, as a CPU that holds no lock sees it: each value was right at some moment, not all of them at the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Window {
+    /// Guest memory.
+    pub range: Range,
+    /// Bus address of its first byte.
+    pub bus: u64,
+    /// References: live mappings in it.
+    pub references: u64,
+    /// Bytes of those mappings.
+    pub live: u64,
+}
+
 /// Windows as every CPU sees them. See the crate's documentation for what needs which lock.
 pub struct Table<'a> {
     pub(crate) slots: &'a [Slot],
@@ -132,6 +145,19 @@ impl<'a> Table<'a> {
             entries: self.pinned.load(Ordering::Relaxed),
             slack: if slack > u64::MAX / 2 { 0 } else { slack },
         }
+    }
+
+    /// The window in slot `index`, for lists of all of them; `None` where no window is. Slots end at [`Self::slots`].
+    pub fn window(&self, index: usize) -> Option<Window> {
+        let slot = self.slots.get(index)?;
+        let state = slot.state();
+        let (references, live) = (state.refs(), state.live());
+        (!state.dead()).then(|| Window { range: slot.range(), bus: slot.bus(), references, live })
+    }
+
+    /// Number of slots.
+    pub fn slots(&self) -> usize {
+        self.slots.len()
     }
 
     pub(crate) fn slot(&self, id: u32) -> Option<&'a Slot> {

@@ -31,6 +31,18 @@ pub const CROSS_LINKER: Need = Need {
     why: "links arm64 programs; this Rust toolchain comes without rust-lld",
 };
 
+/// For the guest's kernel module.
+pub const CROSS_COMPILER: Need = Need {
+    program: "aarch64-linux-gnu-gcc",
+    package: "gcc-aarch64-linux-gnu",
+    why: "compiles the guest's kernel module",
+};
+/// The same.
+pub const MAKE: Need = Need { program: "make", package: "make", why: "builds the guest's kernel module" };
+/// The same.
+pub const PAHOLE: Need =
+    Need { program: "pahole", package: "pahole", why: "a kernel module's build asks for it" };
+
 /// With [`CROSS_LINKER`], where arm64 programs are linked with glibc.
 pub const CROSS_LIBC: Need = Need {
     program: "/usr/aarch64-linux-gnu/lib/libc.a",

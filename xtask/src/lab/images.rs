@@ -3,11 +3,13 @@
 use super::libraries::{self, LOADER};
 use super::modules::{Module, Modules};
 use super::packages::Packages;
+use crate::guest_module::{self, Built};
 use crate::paths::Paths;
 use crate::stamp;
 use anyhow::{Context, Result, bail};
 use cpio::newc::{self, ModeFileType};
-use lab_cases::host::{CASE_MODULES, INITRD_DEVICES, Kernel, MODULES};
+use lab_cases::host::{CASE_MODULES, INITRD_DEVICES, INITRD_DMA, Kernel, MODULES};
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -77,8 +79,17 @@ pub struct HostImages {
     pub initrd: PathBuf,
 }
 
+/// What some cases need and others do not.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Extras {
+    /// The distribution's QEMU.
+    pub peer: bool,
+    /// The guest's kernel module, in initramfs images of its own.
+    pub dma_module: bool,
+}
+
 /// Makes the emulated host's images and fills the share. `programs` is the folder with the arm64 programs.
-pub fn prepare(paths: &Paths, packages: &Packages, programs: &Path, peer: bool) -> Result<HostImages> {
+pub fn prepare(paths: &Paths, packages: &Packages, programs: &Path, extras: Extras) -> Result<HostImages> {
     let agent = programs.join("lab-agent");
     let busybox = packages.busybox();
     let host_root = packages.kernel(HOST_KERNEL);
@@ -108,7 +119,22 @@ pub fn prepare(paths: &Paths, packages: &Packages, programs: &Path, peer: bool) 
             stamp::write_whole(&initrd, &archive.finish()?)
         })?;
     }
-    devices_initramfs(paths, packages, &agent, &busybox)?;
+    let root = packages.kernel(Kernel::V6_12);
+    devices_initramfs(
+        paths,
+        root,
+        &[&agent, &busybox],
+        &[],
+        &initrd_of(paths, Kernel::V6_12, INITRD_DEVICES),
+    )?;
+    if extras.dma_module {
+        let mut all = guest_modules(paths, packages)?;
+        for kernel in WITH_MODULE {
+            let built = all.remove(kernel.name()).context("it was just built")?;
+            let initrd = initrd_of(paths, kernel, INITRD_DMA);
+            devices_initramfs(paths, packages.kernel(kernel), &[&agent, &busybox], &built.files, &initrd)?;
+        }
+    }
     super::formats::prepare(paths, &paths.share().join("kernels/6.12-cloud/Image"))?;
     // A disk that nobody can open for writing: the share is read-only.
     stamp::write_whole(&paths.share().join("kernels/6.12/frozen.raw"), &[0; 4096])?;
@@ -118,11 +144,22 @@ pub fn prepare(paths: &Paths, packages: &Packages, programs: &Path, peer: bool) 
             stamp::copy_if_changed(&from, &paths.share().join("bin").join(program))?;
         }
     }
-    if peer {
+    if extras.peer {
         super::peer::prepare(paths)?;
     }
     let kernel = paths.share().join("kernels").join(HOST_KERNEL.name()).join("Image");
     Ok(HostImages { kernel, initrd })
+}
+
+/// Kernels whose guests can have the DMA module.
+const WITH_MODULE: [Kernel; 2] = [Kernel::V6_1, Kernel::V6_12];
+
+/// Builds the guest's kernel modules.
+pub fn guest_modules(paths: &Paths, packages: &Packages) -> Result<BTreeMap<String, Built>> {
+    let images = WITH_MODULE
+        .iter()
+        .map(|kernel| Ok((kernel.name().to_owned(), guest_module::package_of(packages.kernel(*kernel))?)));
+    guest_module::build(paths, &images.collect::<Result<Vec<_>>>()?)
 }
 
 fn kernel_file(root: &Path) -> Result<PathBuf> {
@@ -147,18 +184,30 @@ fn flat_image(from: &Path, to: &Path) -> Result<()> {
     stamp::write_whole(to, &bytes)
 }
 
-/// The initramfs of guests with a device of the host: its drivers, and `lspci`.
-fn devices_initramfs(paths: &Paths, packages: &Packages, agent: &Path, busybox: &Path) -> Result<()> {
+/// The initramfs of guests with a device of the host: its drivers, `lspci`, and the modules in `own`. `programs` are the agent and busybox.
+fn devices_initramfs(
+    paths: &Paths,
+    root: &Path,
+    programs: &[&Path; 2],
+    own: &[PathBuf],
+    initrd: &Path,
+) -> Result<()> {
     let tools = paths.lab.join("pciutils");
     stamp::once(paths, "pciutils", "1", &[&tools.join(LOADER)], || {
         libraries::fetch(paths, &["pciutils"], &["lspci"], &tools)
     })?;
-    let root = packages.kernel(Kernel::V6_12);
-    let initrd = paths.share().join("kernels").join(Kernel::V6_12.name()).join(INITRD_DEVICES);
     let wanted = [&GUEST_MODULES[..], &DEVICE_MODULES].concat();
-    let inputs = format!("{}{}\n{wanted:?}{APPLETS:?}", stamp::sum(&[agent, busybox])?, root.display());
-    stamp::once(paths, "initramfs-devices", &inputs, &[&initrd], || {
-        let mut archive = initramfs(agent, busybox, &mut Modules::scan(root)?, &wanted)?;
+    let mut files: Vec<&Path> = programs.to_vec();
+    files.extend(own.iter().map(PathBuf::as_path));
+    let inputs = format!("{}{}\n{wanted:?}{APPLETS:?}", stamp::sum(&files)?, root.display());
+    let name = initrd.strip_prefix(paths.share()).unwrap_or(initrd).display().to_string().replace('/', "-");
+    stamp::once(paths, &name, &inputs, &[initrd], || {
+        let mut modules = Modules::scan(root)?;
+        let mut wanted: Vec<String> = wanted.iter().map(|name| (*name).to_owned()).collect();
+        for file in own {
+            wanted.push(modules.add_file(file)?);
+        }
+        let mut archive = initramfs(programs[0], programs[1], &mut modules, &wanted)?;
         // Beside busybox's own, which shows less.
         archive.add("sbin", ModeFileType::Directory, 0o755, &[])?;
         archive.add("sbin/lspci", ModeFileType::Regular, 0o755, &fs::read(tools.join("bin/lspci"))?)?;
@@ -175,12 +224,21 @@ fn devices_initramfs(paths: &Paths, packages: &Packages, agent: &Path, busybox: 
                 archive.add(&name, ModeFileType::Regular, 0o755, &fs::read(entry.path())?)?;
             }
         }
-        stamp::write_whole(&initrd, &archive.finish()?)
+        stamp::write_whole(initrd, &archive.finish()?)
     })?;
     Ok(())
 }
 
-fn initramfs(agent: &Path, busybox: &Path, modules: &mut Modules, wanted: &[&str]) -> Result<Archive> {
+fn initrd_of(paths: &Paths, kernel: Kernel, file: &str) -> PathBuf {
+    paths.share().join("kernels").join(kernel.name()).join(file)
+}
+
+fn initramfs(
+    agent: &Path,
+    busybox: &Path,
+    modules: &mut Modules,
+    wanted: &[impl AsRef<str>],
+) -> Result<Archive> {
     let (list, files) = modules.pack(wanted)?;
     let mut archive = Archive::default();
     for folder in ["bin", "dev", "etc", "lib", "lib/modules", "proc", "run", "sys", "tmp"] {

@@ -16,6 +16,7 @@ pub use report::Counts;
 use crate::arm64::Toolchain;
 use crate::debian::setup;
 use crate::paths::Paths;
+use images::Extras;
 use report::{CaseResult, Progress, Report};
 use session::Session;
 
@@ -159,7 +160,8 @@ fn prepare_and_run(
     progress: &mut Progress,
     report: &mut Report,
 ) -> Result<()> {
-    let mut session = start(paths, needs_peer(names, vmm), progress)?;
+    let extras = Extras { peer: needs_peer(names, vmm), dma_module: needs_dma_module(names) };
+    let mut session = start(paths, extras, progress)?;
     for name in names {
         let before = report.cases.len();
         run_case(&mut session, name, vmm, progress, report)?;
@@ -177,8 +179,8 @@ fn prepare_and_run(
     Ok(())
 }
 
-/// Prepares everything, with the distribution's QEMU if `peer`, and starts the emulated host.
-pub fn start(paths: &Paths, peer: bool, progress: &mut Progress) -> Result<Session> {
+/// Prepares everything, with `extras`, and starts the emulated host.
+pub fn start(paths: &Paths, extras: Extras, progress: &mut Progress) -> Result<Session> {
     progress.begin("prepare the machine");
     setup::ensure(paths, &setup::LAB, false)?;
     progress.begin("prepare Debian packages");
@@ -190,7 +192,7 @@ pub fn start(paths: &Paths, peer: bool, progress: &mut Progress) -> Result<Sessi
     let programs = toolchain.build(paths, &wanted)?;
     progress.begin("prepare images");
     empty_logs(paths)?;
-    let images = images::prepare(paths, &packages, &programs, peer)?;
+    let images = images::prepare(paths, &packages, &programs, extras)?;
     progress.begin("start the emulated host");
     let session = Session::start(paths, &images)?;
     progress.end();
@@ -288,6 +290,17 @@ fn print_summary(report: &Report, took: Duration) {
     );
 }
 
+/// `cargo xtask module`: builds the guest's kernel module and says where it is.
+pub fn build_modules(paths: &Paths) -> Result<bool> {
+    let packages = packages::Packages::prepare(paths)?;
+    for (kernel, built) in images::guest_modules(paths, &packages)? {
+        for file in built.files {
+            println!("  {kernel:<6} {}", file.display());
+        }
+    }
+    Ok(true)
+}
+
 /// Whether the workspace has the package: crates come one after the other.
 fn has_program(paths: &Paths, package: &str) -> bool {
     let folder = package.strip_prefix("outboard-").unwrap_or(package);
@@ -298,6 +311,11 @@ fn has_program(paths: &Paths, package: &str) -> bool {
 fn needs_peer(names: &[String], vmm: Vmm) -> bool {
     let needs = |name: &String| ["disk-", "bench-", "bad-input"].iter().any(|start| name.starts_with(start));
     vmm == Vmm::Qemu || names.iter().any(needs)
+}
+
+/// Whether guests need our kernel module; their cases are named so.
+fn needs_dma_module(names: &[String]) -> bool {
+    names.iter().any(|name| name.starts_with("dma-") || name == "bench-dma")
 }
 
 fn empty_logs(paths: &Paths) -> Result<()> {

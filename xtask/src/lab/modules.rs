@@ -41,14 +41,23 @@ impl Modules {
         Ok(Self { files, read: HashMap::new() })
     }
 
+    /// Adds a module that did not come with the kernel; its name.
+    pub fn add_file(&mut self, file: &Path) -> Result<String> {
+        let stem = file.file_stem().context("a module's file has a name")?;
+        let name = plain(&stem.to_string_lossy());
+        self.files.insert(name.clone(), file.to_owned());
+        Ok(name)
+    }
+
     /// Makes `/etc/modules.load` for the `wanted` modules (those that this kernel lacks or has built in are left out):
     /// a line `NAME:FILE FILE …` each, in the order in which they load; and the files themselves.
-    pub fn pack(&mut self, wanted: &[&str]) -> Result<(String, Vec<Module>)> {
+    pub fn pack(&mut self, wanted: &[impl AsRef<str>]) -> Result<(String, Vec<Module>)> {
         let mut list = String::new();
         let mut packed = HashSet::new();
         let mut modules = Vec::new();
         for name in wanted {
-            if !self.files.contains_key(*name) {
+            let name = name.as_ref();
+            if !self.files.contains_key(name) {
                 continue;
             }
             let mut order = Vec::new();

@@ -8,6 +8,8 @@ use std::process::Command;
 
 /// File name of the initramfs for guests with devices of the host, beside the ordinary one.
 pub const INITRD_DEVICES: &str = "initrd-devices.cpio";
+/// The same with our kernel module, for the kernels that it is built for.
+pub const INITRD_DMA: &str = "initrd-dma.cpio";
 
 /// A kernel of the distribution.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -171,6 +173,13 @@ impl GuestSpec {
     /// With `key` and `value` for the guest half, which asks for them with `Guest::arg`.
     pub fn arg(mut self, key: &str, value: impl std::fmt::Display) -> Self {
         self.append.push_str(&format!(" lab.{key}={value}"));
+        self
+    }
+
+    /// With the devices' drivers and our kernel module, `outboard_dma`, in the initramfs. Only cases named `dma-…` and `bench-dma` may ask; of the kernels,
+    /// [`Kernel::V6_1`] and [`Kernel::V6_12`] have it.
+    pub fn dma_module(mut self) -> Self {
+        self.initrd.set_file_name(INITRD_DMA);
         self
     }
 

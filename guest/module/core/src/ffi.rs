@@ -1,0 +1,352 @@
+//! What the C half calls. `core.h` declares the same; `tests/header.rs` compares the two.
+#![allow(unsafe_code, reason = "the C half hands over pointers")]
+
+use crate::domain::Domain;
+use crate::exchange::{Counts, Device, Raw};
+use crate::memory::{Cutter, bytes};
+use core::ffi::c_void;
+use core::mem::size_of;
+use outboard_windows::{Bounds, Failure, Limits, List, MAX_RAM_RANGES, Range, Storage, UNRESOLVED};
+
+/// `struct odma_range`.
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+pub struct RamRange {
+    /// First byte, guest-physical.
+    pub start: u64,
+    /// Bytes.
+    pub len: u64,
+}
+
+/// `struct odma_core_config`.
+#[repr(C)]
+pub struct Config {
+    /// Most bytes mapped at a time.
+    pub limit_bytes: u64,
+    /// Most mappings at a time.
+    pub limit_entries: u32,
+    /// Entries that the queue has room for.
+    pub lines: u32,
+    /// Guest RAM.
+    pub ram: [RamRange; MAX_RAM_RANGES],
+    /// Number of `ram`.
+    pub ram_count: u32,
+    /// Not used.
+    pub reserved: u32,
+    /// The queue: `lines` entries of 64 bytes.
+    pub queue: *mut u8,
+    /// Given to the two functions.
+    pub context: *mut c_void,
+    /// Rings the doorbell; returns the queue's status.
+    pub ring: extern "C" fn(*mut c_void, u32) -> u32,
+    /// Waits for this many microseconds, without sleeping.
+    pub pause: extern "C" fn(*mut c_void, u32),
+}
+
+/// The C half's queue and functions.
+pub struct Host {
+    queue: *mut Raw,
+    lines: u32,
+    context: *mut c_void,
+    ring: extern "C" fn(*mut c_void, u32) -> u32,
+    pause: extern "C" fn(*mut c_void, u32),
+}
+
+// SAFETY: used under the domain's lock only, on whichever CPU; none of it belongs to a thread.
+unsafe impl Send for Host {}
+
+impl Device for Host {
+    fn put(&mut self, index: u32, entry: Raw) {
+        if index < self.lines {
+            // SAFETY: within the queue (`odma_core_create`). Volatile: the device reads it.
+            unsafe { self.queue.wrapping_add(index as usize).write_volatile(entry) };
+        }
+    }
+
+    fn get(&mut self, index: u32) -> Raw {
+        if index < self.lines {
+            // SAFETY: as above; the device has written it.
+            unsafe { self.queue.wrapping_add(index as usize).read_volatile() }
+        } else {
+            [u8::MAX; size_of::<Raw>()]
+        }
+    }
+
+    fn ring(&mut self, count: u32) -> u32 {
+        (self.ring)(self.context, count)
+    }
+
+    fn pause(&mut self, microseconds: u32) {
+        (self.pause)(self.context, microseconds);
+    }
+}
+
+/// `struct odma_core`.
+pub type Core = Domain<'static, Host>;
+
+/// `enum odma_failure`: why a map call failed.
+fn code(failure: Failure) -> i32 {
+    match failure {
+        Failure::NotRam(_) => 1,
+        Failure::Bytes => 2,
+        Failure::Entries => 3,
+        Failure::NoSpace => 4,
+        Failure::Host => 5,
+    }
+}
+
+fn plan(config: &Config) -> Option<(Bounds, Limits, [Range; MAX_RAM_RANGES], usize)> {
+    let limits = Limits { bytes: config.limit_bytes, entries: config.limit_entries };
+    let mut ram = [Range::default(); MAX_RAM_RANGES];
+    for (to, from) in ram.iter_mut().zip(config.ram.iter().take(config.ram_count as usize)) {
+        *to = Range { start: from.start, len: from.len };
+    }
+    let lines = config.lines as usize;
+    let bounds = Storage::bounds(limits, &ram, lines).ok()?;
+    Some((bounds, limits, ram, lines))
+}
+
+/// Bytes of memory that a domain of this configuration needs; 0 if it cannot be.
+///
+/// # Safety
+/// `config` is valid.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn odma_core_bytes(config: *const Config) -> u64 {
+    // SAFETY: the caller's promise.
+    let config = unsafe { &*config };
+    let need = || {
+        let (bounds, _, _, lines) = plan(config)?;
+        bytes(bounds, lines, size_of::<Core>())
+    };
+    need().unwrap_or(0) as u64
+}
+
+/// Makes a domain in `memory`; null if the configuration or the memory does not do. There is no function to destroy one: it owns nothing.
+///
+/// # Safety
+/// `config` is valid; `memory` has `len` bytes that nobody else uses while the domain is used, and so has its queue.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn odma_core_create(config: *const Config, memory: *mut u8, len: u64) -> *const Core {
+    // SAFETY: the caller's promise.
+    let config = unsafe { &*config };
+    let make = || {
+        let (bounds, limits, ram, lines) = plan(config)?;
+        // SAFETY: the caller's promise.
+        let mut cutter = unsafe { Cutter::new(memory, usize::try_from(len).ok()?) };
+        let place = cutter.room::<Core>(1)?;
+        let storage = cutter.storage(bounds, lines)?;
+        let host = Host {
+            queue: config.queue.cast(),
+            lines: config.lines,
+            context: config.context,
+            ring: config.ring,
+            pause: config.pause,
+        };
+        let domain = Domain::new(storage, limits, &ram, host).ok()?;
+        // SAFETY: room for one, aligned, cut off for it alone.
+        unsafe { place.write(domain) };
+        Some(place.cast_const())
+    };
+    make().unwrap_or(core::ptr::null())
+}
+
+/// The bus address of `len` bytes at `start` if a window covers them, with a reference taken; all ones if none does. Any context, no lock.
+///
+/// # Safety
+/// `core` came from [`odma_core_create`].
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn odma_core_hit(core: *const Core, start: u64, len: u64) -> u64 {
+    // SAFETY: the caller's promise.
+    unsafe { &*core }.hit(Range { start, len }).unwrap_or(UNRESOLVED)
+}
+
+/// Drops the reference of `len` bytes at bus address `bus`: 0, or 1 if there is none. Any context, no lock.
+///
+/// # Safety
+/// As [`odma_core_hit`].
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn odma_core_release(core: *const Core, bus: u64, len: u64) -> i32 {
+    // SAFETY: the caller's promise.
+    i32::from(unsafe { &*core }.release(bus, len).is_err())
+}
+
+/// Maps `len` bytes at `start` and writes their bus address to `bus`: 0, or an `enum odma_failure`.
+///
+/// # Safety
+/// As [`odma_core_hit`]; the caller holds the domain's lock; `bus` is valid.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn odma_core_map(core: *const Core, start: u64, len: u64, bus: *mut u64) -> i32 {
+    // SAFETY: the caller's promise.
+    match unsafe { (*core).held() }.map(Range { start, len }) {
+        Ok(address) => {
+            // SAFETY: the caller's promise.
+            unsafe { bus.write(address) };
+            0
+        }
+        Err(failure) => code(failure),
+    }
+}
+
+/// `struct odma_list`: a scatterlist, as the C half walks it.
+#[repr(C)]
+pub struct CList {
+    /// Number of entries.
+    pub count: u32,
+    /// Not used.
+    pub reserved: u32,
+    /// Address and length of an entry.
+    pub range: extern "C" fn(*mut CList, u32) -> RamRange,
+    /// The bus address noted for an entry.
+    pub bus: extern "C" fn(*mut CList, u32) -> u64,
+    /// Notes one.
+    pub set_bus: extern "C" fn(*mut CList, u32, u64),
+}
+
+struct Walk(*mut CList);
+
+impl Walk {
+    fn functions(&self) -> &CList {
+        // SAFETY: `odma_core_map_list`'s caller keeps it valid; the functions in it do not change.
+        unsafe { &*self.0 }
+    }
+
+    fn index(index: usize) -> u32 {
+        u32::try_from(index).unwrap_or(u32::MAX)
+    }
+}
+
+impl List for Walk {
+    fn count(&self) -> usize {
+        self.functions().count as usize
+    }
+    fn range(&self, index: usize) -> Range {
+        let RamRange { start, len } = (self.functions().range)(self.0, Self::index(index));
+        Range { start, len }
+    }
+    fn bus(&self, index: usize) -> u64 {
+        (self.functions().bus)(self.0, Self::index(index))
+    }
+    fn set_bus(&mut self, index: usize, bus: u64) {
+        (self.functions().set_bus)(self.0, Self::index(index), bus);
+    }
+}
+
+/// Maps all entries of `list` or none: 0, or an `enum odma_failure`.
+///
+/// # Safety
+/// As [`odma_core_map`]; `list` is valid, and its functions are for every index below its count.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn odma_core_map_list(core: *const Core, list: *mut CList) -> i32 {
+    // SAFETY: the caller's promise.
+    match unsafe { (*core).held() }.map_list(&mut Walk(list)) {
+        Ok(()) => 0,
+        Err(failure) => code(failure),
+    }
+}
+
+/// Gives a batch of idle windows back: 1 if there may be more, 0 if nothing is idle.
+///
+/// # Safety
+/// As [`odma_core_map`].
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn odma_core_trim(core: *const Core) -> i32 {
+    // SAFETY: the caller's promise.
+    i32::from(unsafe { (*core).held() }.trim())
+}
+
+/// `struct odma_core_stats`.
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+pub struct CoreStats {
+    /// Bytes mapped, idle windows included.
+    pub mapped_bytes: u64,
+    /// Windows mapped, idle ones included.
+    pub mapped: u64,
+    /// Bytes of windows with references.
+    pub used_bytes: u64,
+    /// Windows with references.
+    pub used: u64,
+    /// Bytes of those that nobody asked for.
+    pub slack: u64,
+    /// Calls that needed the lock.
+    pub misses: u64,
+    /// Mappings made.
+    pub maps: u64,
+    /// Mappings taken down.
+    pub unmaps: u64,
+    /// Mappings made ahead of need.
+    pub ahead: u64,
+    /// Idle windows given back for room.
+    pub evicted: u64,
+    /// Idle windows given back because they were too large to use again.
+    pub replaced: u64,
+    /// Calls that failed.
+    pub failures: u64,
+    /// Mappings that the host did not take down when asked.
+    pub lost: u64,
+    /// The exchanges.
+    pub exchange: Counts,
+}
+
+/// Fills `stats`.
+///
+/// # Safety
+/// As [`odma_core_map`]; `stats` is valid.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn odma_core_stats(core: *const Core, stats: *mut CoreStats) {
+    // SAFETY: the caller's promise.
+    let held = unsafe { (*core).held() };
+    let (used, own, (mapped_bytes, mapped)) = (held.pinned(), held.stats(), held.mapped());
+    let filled = CoreStats {
+        mapped_bytes,
+        mapped: u64::from(mapped),
+        used_bytes: used.bytes,
+        used: u64::from(used.entries),
+        slack: used.slack,
+        misses: own.calls,
+        maps: own.maps,
+        unmaps: own.unmaps,
+        ahead: own.ahead,
+        evicted: own.evicted,
+        replaced: own.replaced,
+        failures: own.failures,
+        lost: own.lost,
+        exchange: held.counts(),
+    };
+    // SAFETY: the caller's promise.
+    unsafe { stats.write(filled) };
+}
+
+/// `struct odma_window`.
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+pub struct CWindow {
+    /// Guest-physical address.
+    pub start: u64,
+    /// Bytes.
+    pub len: u64,
+    /// Bus address.
+    pub bus: u64,
+    /// Mappings in it.
+    pub references: u64,
+    /// Bytes of those.
+    pub live: u64,
+}
+
+/// Fills `window` with the first window in slot `from` or behind it: the slot behind that one, or 0 if there is none. Any context, no lock.
+///
+/// # Safety
+/// As [`odma_core_hit`]; `window` is valid.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn odma_core_next_window(core: *const Core, from: u64, window: *mut CWindow) -> u64 {
+    // SAFETY: the caller's promise.
+    let domain = unsafe { &*core };
+    let slots = domain.slots() as u64;
+    let found = (from..slots).find_map(|at| Some((at, domain.window(usize::try_from(at).ok()?)?)));
+    let Some((at, found)) = found else { return 0 };
+    let (references, live) = (found.references, found.live);
+    let filled = CWindow { start: found.range.start, len: found.range.len, bus: found.bus, references, live };
+    // SAFETY: the caller's promise.
+    unsafe { window.write(filled) };
+    at.saturating_add(1)
+}

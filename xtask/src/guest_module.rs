@@ -1,0 +1,116 @@
+//! `cargo xtask module`: the guest's kernel module for the lab's kernels, cross-built with the distribution's headers.
+
+mod core_object;
+mod headers;
+
+use crate::debian::setup::{self, CROSS_COMPILER, MAKE, PAHOLE};
+use crate::paths::Paths;
+use crate::{process, stamp};
+use anyhow::{Context, Result};
+use headers::Headers;
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+pub use core_object::CROSS;
+pub use headers::package_of;
+
+/// Modules for tests, built beside the real one.
+const TEST_MODULES: &str = "tests";
+
+/// Where the built modules of a kernel are: the real one and those for tests.
+pub struct Built {
+    /// `.ko` files.
+    pub files: Vec<PathBuf>,
+}
+
+/// Builds the modules for the kernels whose image packages are `images` (name for the lab, package name with its version).
+pub fn build(paths: &Paths, images: &[(String, String)]) -> Result<BTreeMap<String, Built>> {
+    setup::ensure(paths, &[&CROSS_COMPILER, &MAKE, &PAHOLE], false)?;
+    let object = core_object::build(paths)?;
+    let sources = sources(paths)?;
+    let mut built = BTreeMap::new();
+    for (name, image) in images {
+        let headers = headers::prepare(paths, name, image)?;
+        built.insert(name.clone(), build_one(paths, name, &headers, &object, &sources)?);
+    }
+    Ok(built)
+}
+
+/// All files of the C half, relative to the clone.
+fn sources(paths: &Paths) -> Result<Vec<PathBuf>> {
+    let folder = paths.root.join("guest/module");
+    let (mut files, mut folders) = (Vec::new(), vec![folder.clone()]);
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder).with_context(|| format!("cannot read {}", folder.display()))? {
+            let path = entry?.path();
+            let wanted = |ending: &std::ffi::OsStr| ["c", "h", "S"].iter().any(|one| ending == *one);
+            if path.is_dir() && path.file_name().is_some_and(|name| name != "core") {
+                folders.push(path);
+            } else if path.file_name().is_some_and(|name| name == "Kbuild")
+                || path.extension().is_some_and(wanted)
+            {
+                files.push(path);
+            }
+        }
+    }
+    files.push(paths.root.join("crates/abi/include/outboard_dma.h"));
+    files.sort();
+    Ok(files)
+}
+
+fn build_one(
+    paths: &Paths,
+    name: &str,
+    headers: &Headers,
+    object: &Path,
+    sources: &[PathBuf],
+) -> Result<Built> {
+    let folder = paths.lab.join("module").join(name);
+    let done = folder.join("built");
+    let mut inputs: Vec<&Path> = sources.iter().map(PathBuf::as_path).collect();
+    inputs.push(object);
+    let inputs = format!("{}{}", stamp::sum(&inputs)?, headers.build.display());
+    stamp::once(paths, &format!("module-{name}"), &inputs, &[&done], || {
+        if folder.exists() {
+            fs::remove_dir_all(&folder)?;
+        }
+        lay_out(paths, &folder, object, sources)?;
+        let log = paths.lab.join(format!("module-{name}.log"));
+        process::run_logged(&mut make(headers, &folder), &format!("building the module for {name}"), &log)?;
+        stamp::write_whole(&done, b"")
+    })?;
+    let mut files = Vec::new();
+    for folder in [folder.clone(), folder.join(TEST_MODULES)] {
+        let Ok(entries) = fs::read_dir(&folder) else { continue };
+        files.extend(entries.flatten().map(|entry| entry.path()));
+    }
+    files.retain(|path| path.extension().is_some_and(|ending| ending == "ko"));
+    files.sort();
+    Ok(Built { files })
+}
+
+/// The sources as they stand in a source package: kbuild writes beside them, so never into the clone.
+fn lay_out(paths: &Paths, folder: &Path, object: &Path, sources: &[PathBuf]) -> Result<()> {
+    let root = paths.root.join("guest/module");
+    for file in sources {
+        let place = file.strip_prefix(&root).unwrap_or_else(|_| Path::new("abi.h"));
+        let to = folder.join(place);
+        fs::create_dir_all(to.parent().context("a file has a folder")?)?;
+        fs::copy(file, &to).with_context(|| format!("cannot copy {}", file.display()))?;
+    }
+    fs::copy(object, folder.join(core_object::NAME))?;
+    Ok(())
+}
+
+fn make(headers: &Headers, folder: &Path) -> Command {
+    let mut command = Command::new("make");
+    command.arg("-C").arg(&headers.build).arg(format!("M={}", folder.display()));
+    command.args(["ARCH=arm64", "W=1", "OUTBOARD_TESTS=1"]).arg(format!("CROSS_COMPILE={CROSS}"));
+    command.args(headers.variables.iter().map(|(key, value)| format!("{key}={value}")));
+    command.arg("modules");
+    // What cargo sets for its own programs must not reach kbuild.
+    command.env_remove("MAKEFLAGS").env_remove("MFLAGS").env_remove("CARGO_MAKEFLAGS");
+    command
+}
