@@ -45,7 +45,7 @@
 #define ODMA_CONTROL 0x30u
 /* The guest asks for mappings from now on. Until then the served functions may not start DMA. */
 #define ODMA_CONTROL_ENABLE 0x1u
-/* Stops and resets the served functions, takes down every mapping and disables the device. Done when the store retires. */
+/* Stops and resets the served functions, takes down every mapping and disables the device. Done when the store retires. The functions keep their BARs and memory decoding; bus master, interrupts and everything else are as after power-on. */
 #define ODMA_CONTROL_RESET 0x2u
 /* R, 32 bits: state of the device. */
 #define ODMA_STATE 0x34u

@@ -11,6 +11,10 @@
 //! entry succeeded. A failed entry changes nothing and stops nothing. [`QUEUE_DOORBELL_LATER`] takes a batch of which the guest does not
 //! wait for the end: unmappings only; the queue answers [`Status::Busy`] until it is done.
 //!
+//! An entry's status is written after its other results, so that a guest that finds it in memory finds them, too. A guest that has set it to
+//! [`Status::Busy`] before it rang therefore needs no register to see which entries are done. A doorbell of a busy queue does nothing, nor does
+//! one whose batch is refused whole ([`Status::Off`], [`Status::BadQueue`], [`Status::BadCount`]): the entries stay as they are.
+//!
 //! # Which devices it serves
 //!
 //! [`SERVED`] names the root port by device and function number. Both stand on bus 0, which no guest renumbers, so this holds

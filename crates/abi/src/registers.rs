@@ -53,7 +53,8 @@ constants! { REGISTERS:
     CONTROL: u32 = 0x030;
     /// The guest asks for mappings from now on. Until then the served functions may not start DMA.
     CONTROL_ENABLE: u32 = 1;
-    /// Stops and resets the served functions, takes down every mapping and disables the device. Done when the store retires.
+    /// Stops and resets the served functions, takes down every mapping and disables the device. Done when the store retires. The functions keep
+    /// their BARs and memory decoding; bus master, interrupts and everything else are as after power-on.
     CONTROL_RESET: u32 = 2;
     /// R, 32 bits: state of the device.
     STATE: u32 = 0x034;

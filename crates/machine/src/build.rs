@@ -4,7 +4,7 @@ use crate::console::ConsolePump;
 use crate::devices::{DeviceKind, Functions, Host, KernelDoorbells, open_disks};
 use crate::intx::IntxLines;
 use crate::memory::{self, Ram};
-use crate::passthrough::{Connections, HostSlot};
+use crate::passthrough::{Connections, HostSlot, Place};
 use crate::run::{EventSender, MachineEvent};
 use crate::slots::{Reply, Slots};
 use crate::vcpus::{Entry, Reporter, Vcpus};
@@ -61,7 +61,9 @@ impl Inputs {
         if spec.console == ConsoleTarget::Stdio && spec.virtio_console == ConsoleTarget::Stdio {
             return Err(Error::TwoOnTerminal);
         }
-        let devices = DeviceKind::list(spec).len() + spec.devices.len() + spec.spare_ports;
+        let ports = Place::all(spec, 1);
+        let companions = ports.iter().filter(|place| place.companion.is_some()).count();
+        let devices = DeviceKind::list(spec).len() + ports.len() + companions;
         if devices > PCI_SLOTS {
             return Err(Error::TooManyDevices { asked: devices, most: PCI_SLOTS });
         }
@@ -113,7 +115,7 @@ impl Machine {
         let events = events.clone();
         let connections =
             Connections { vm: vm.clone(), gic, msi, lines, kernel_events, events: events.clone() };
-        let slots = Slots::plug(host, first_port, &root, &ram, connections)?;
+        let slots = Slots::plug(host, (spec, first_port), &root, &ram, connections)?;
         tracing::debug!("devices are in place");
         let loaded = load_guest(spec, inputs, &ram)?;
         tracing::debug!("guest is loaded, kernel at {:#x}", loaded.entry);
@@ -165,7 +167,7 @@ impl Machine {
         root.reset();
         drop(vcpus);
         // Their functions were reset above; now guest memory leaves their DMA domains.
-        drop(slots);
+        slots.close();
         let stats = bus.stats();
         if stats.unmapped + stats.refused > 0 {
             let (unmapped, refused) = (stats.unmapped, stats.refused);

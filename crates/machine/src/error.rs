@@ -72,6 +72,11 @@ pub enum Error {
     Control(#[from] outboard_control::Error),
     /// No place for one more device.
     #[error(
+        "no free root port of the machine has a DMA device beside it, which dma=mac needs: start the machine with --spare-ports and a --device …,dma=mac, or remove one of those first"
+    )]
+    NoDmaDevice,
+    /// No room.
+    #[error(
         "the machine has no free root port for another device: remove one first, or start it with --spare-ports"
     )]
     NoFreePort,

@@ -4,6 +4,7 @@ mod build;
 mod console;
 mod control;
 mod devices;
+mod dma;
 mod error;
 mod intx;
 mod memory;

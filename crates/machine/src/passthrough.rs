@@ -2,13 +2,13 @@
 
 #![allow(unsafe_code)] // UNSAFETY: BARs are mapped into the VM from raw addresses.
 
+use crate::dma::{Retained, SlotDma, may_write};
 use crate::intx::IntxLines;
-use crate::memory::DmaMapping;
 use crate::run::{EventSender, MachineEvent};
-use crate::{DeviceSpec, Error};
+use crate::{DeviceSpec, Error, MachineSpec};
 use outboard_bus::{Event, MsiMessage, MsiSink};
 use outboard_host_pci::host::Refusal;
-use outboard_host_pci::{DmaDomain, HostFunction, MappedBar, PciAddress, Selection};
+use outboard_host_pci::{DmaDomain, DmaPolicy, HostFunction, MappedBar, PciAddress, Selection};
 use outboard_hypervisor::{InterruptController, MemoryKind, Vm};
 use outboard_passthrough::{
     Function, GuestMapper, IntxWiring, Loss, Slot, SlotListener, Vacated, VectorBinder, Wiring, WiringError,
@@ -63,6 +63,33 @@ impl HostSlot {
     }
 }
 
+/// Where a root port for devices of the host stands on bus 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Place {
+    /// Device number of the DMA device, if there is to be one. Lower than the port's: a guest finds it first, and has its driver in
+    /// place before those of the slot.
+    pub(crate) companion: Option<u8>,
+    /// Device number of the root port.
+    pub(crate) port: u8,
+}
+
+impl Place {
+    /// The places of the ports of `spec`, those with a device first, one after the other from device number `first` on. Free ports have a DMA
+    /// device if a device beside them has one, or if the host knows no other way.
+    pub(crate) fn all(spec: &MachineSpec, mut first: u8) -> Vec<Self> {
+        let asks = |device: &DeviceSpec| device.dma.asks();
+        let spare = spec.devices.iter().any(asks) || DmaPolicy::default().asks();
+        let ports = spec.devices.iter().map(asks).chain(std::iter::repeat_n(spare, spec.spare_ports));
+        let place = |asks: bool| {
+            let companion = asks.then_some(first);
+            let port = first.saturating_add(asks.into());
+            first = port.saturating_add(1);
+            Self { companion, port }
+        };
+        ports.map(place).collect()
+    }
+}
+
 /// What every slot of a VM is connected to.
 pub(crate) struct Connections {
     pub(crate) vm: Arc<dyn Vm>,
@@ -79,12 +106,12 @@ pub(crate) struct Connections {
 pub(crate) struct GuestSlot {
     selection: Selection,
     slot: Slot,
-    /// All of guest memory, where the guest need not ask for each mapping.
-    memory: Option<DmaMapping>,
+    dma: SlotDma,
 }
 
 impl GuestSlot {
-    /// Puts the functions of `slot` behind `port`, which has device number `device` on bus 0 and signals its power, numbered as on the host.
+    /// Puts the functions of `slot` behind `port`, which has device number `device` on bus 0 and signals its power, numbered as on the host. Before
+    /// the guest sees them, `dma` gives them their way to its memory.
     ///
     /// # Errors
     /// [`Error::Passthrough`], [`Error::Slot`].
@@ -93,7 +120,7 @@ impl GuestSlot {
         device: u8,
         port: (Arc<RootPort>, Arc<Event>),
         root: &Arc<RootComplex>,
-        memory: Option<DmaMapping>,
+        dma: impl FnOnce(&[Arc<Function>]) -> Result<SlotDma, Error>,
         connections: &Connections,
     ) -> Result<Self, Error> {
         let mapper = Arc::new(Mapper { vm: connections.vm.clone(), bars: Mutex::default() });
@@ -104,12 +131,13 @@ impl GuestSlot {
             let intx = wire_pin(&**host, device, connections)?;
             Ok(Arc::new(Function::new(host.clone(), Wiring { mapper, msi, vectors, intx })?))
         };
-        let functions = slot.functions.iter().map(wire).collect::<Result<_, Error>>()?;
+        let functions = slot.functions.iter().map(wire).collect::<Result<Vec<_>, Error>>()?;
+        let dma = dma(&functions)?;
         let listener = Arc::new(Vacancy { device, events: connections.events.clone() });
         let selection = slot.selection();
         let slot = Slot::plug(root, device, port, functions, listener)?;
         tracing::info!("{selection} is in the guest, behind root port 00:{device:02x}.0");
-        Ok(Self { selection, slot, memory })
+        Ok(Self { selection, slot, dma })
     }
 
     pub(crate) fn selection(&self) -> Selection {
@@ -126,27 +154,32 @@ impl GuestSlot {
         self.slot.request_eject();
     }
 
-    /// The guest no longer has the device: closes it. Memory that the device may still write stays in its domain.
-    pub(crate) fn vacate(self, why: &Vacated) -> Option<DmaMapping> {
-        let Self { selection, slot, memory } = self;
+    /// The machine ends, and its functions were reset: closes the device. Memory that it may still write stays in its domain.
+    pub(crate) fn close(self) -> Option<Retained> {
+        let Self { selection: _, slot, dma } = self;
+        let writing = may_write(slot.functions());
         drop(slot);
+        dma.detach(writing)
+    }
+
+    /// The guest no longer has the device: closes it. Memory that the device may still write stays in its domain.
+    pub(crate) fn vacate(self, why: &Vacated) -> Option<Retained> {
+        let selection = self.selection;
         let Vacated::Lost(losses) = why else {
             tracing::warn!("the guest has let go of {selection}");
-            return None;
+            return self.close();
         };
-        let mut broken = false;
         for (address, loss) in losses {
             match loss {
                 Loss::Gone => {
                     tracing::warn!("{address} has gone: it was unplugged, or the host wants it back")
                 }
                 Loss::Broken(why) => {
-                    broken = true;
                     tracing::error!("{address} can no longer be used: {why}; power-cycle it");
                 }
             }
         }
-        memory.filter(|_| broken)
+        self.close()
     }
 }
 

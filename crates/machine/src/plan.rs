@@ -1,6 +1,8 @@
 use crate::build::Inputs;
 use crate::devices::DeviceKind;
+use crate::passthrough::Place;
 use crate::{ConsoleTarget, MachineSpec};
+use outboard_abi::published::Layout;
 use outboard_platform::layout;
 use std::fmt;
 
@@ -54,12 +56,22 @@ impl fmt::Display for Plan<'_> {
                 DeviceKind::Entropy => writeln!(f, "entropy")?,
             }
         }
-        let first_port = DeviceKind::list(spec).len() + 1;
-        for (slot, device) in (first_port..).zip(&spec.devices) {
-            writeln!(f, "  00:{slot:02x}.0  root port with the host's {device}")?;
-        }
-        for slot in (first_port + spec.devices.len()..).take(spec.spare_ports) {
-            writeln!(f, "  00:{slot:02x}.0  root port, free")?;
+        let first = DeviceKind::list(spec).len() as u8 + 1;
+        for (index, place) in Place::all(spec, first).into_iter().enumerate() {
+            let (port, device) = (place.port, spec.devices.get(index));
+            if let Some(companion) = place.companion {
+                writeln!(f, "  00:{companion:02x}.0  DMA device for the slot behind 00:{port:02x}.0")?;
+                if let Some(layout) = device.map_or(Some(Layout::A), |device| device.published) {
+                    writeln!(
+                        f,
+                        "  00:{companion:02x}.1  the same by the published protocol, layout {layout:?}"
+                    )?;
+                }
+            }
+            match device {
+                Some(device) => writeln!(f, "  00:{port:02x}.0  root port with the host's {device}")?,
+                None => writeln!(f, "  00:{port:02x}.0  root port, free")?,
+            }
         }
         writeln!(f, "address space ({} bits)", inputs.space.ipa_bits)?;
         for (name, start, end) in [

@@ -1,11 +1,13 @@
 //! The machine's root ports for devices of the host, and what is behind them while the guest runs.
 
-use crate::Error;
 use crate::devices::Host;
-use crate::memory::{DmaMapping, Ram};
-use crate::passthrough::{Connections, GuestSlot, HostSlot};
+use crate::dma::{self, Retained, SlotDma};
+use crate::memory::Ram;
+use crate::passthrough::{Connections, GuestSlot, HostSlot, Place};
 use crate::status::Board;
+use crate::{Error, MachineSpec};
 use outboard_bus::Event;
+use outboard_companion::Companion;
 use outboard_control::Answer;
 use outboard_host_pci::Selection;
 use outboard_passthrough::Vacated;
@@ -25,7 +27,7 @@ pub(crate) type Reply = Sender<Result<Answer, String>>;
 pub(crate) struct Slots {
     ports: Vec<Port>,
     /// Guest memory that a broken device may still write.
-    retained: Vec<DmaMapping>,
+    retained: Vec<Retained>,
     root: Arc<RootComplex>,
     board: Arc<Board>,
     connections: Connections,
@@ -36,6 +38,8 @@ struct Port {
     device: u8,
     port: Arc<RootPort>,
     power: Arc<Event>,
+    /// The DMA device beside it.
+    companion: Option<Arc<Companion>>,
     slot: Option<GuestSlot>,
     /// When the guest was last asked to let go of what is there now.
     pressed: Option<Instant>,
@@ -44,21 +48,27 @@ struct Port {
 }
 
 impl Slots {
-    /// A root port for each of `host`'s slots, from device number `first` on bus 0 on, with what is in the slot.
+    /// A root port for each of `host`'s slots, from device number `first` on bus 0 on, with what is in the slot and the DMA device beside it, as
+    /// `spec` says.
     ///
     /// # Errors
     /// [`Error`]; nothing stays behind.
     pub(crate) fn plug(
         host: &Host,
-        first: u8,
+        (spec, first): (&MachineSpec, u8),
         root: &Arc<RootComplex>,
         ram: &Ram,
         connections: Connections,
     ) -> Result<Self, Error> {
         let (root, board) = (root.clone(), host.board.clone());
         let mut slots = Self { ports: Vec::new(), retained: Vec::new(), root, board, connections };
-        for (device, slot) in (first..).zip(&host.slots) {
-            let mut port = Port::new(device, &slots.root, &slots.connections)?;
+        for (index, (place, slot)) in Place::all(spec, first).into_iter().zip(&host.slots).enumerate() {
+            let mut port = Port::new(place, &slots.root, &slots.connections)?;
+            if let Some(device) = place.companion {
+                let device_spec = spec.devices.get(index);
+                port.companion =
+                    Some(dma::companion((device, &port.port), (spec, device_spec), place, &slots.root, ram)?);
+            }
             if let Some(slot) = slot {
                 port.plug(slot, &slots.root, ram, &slots.connections)?;
             }
@@ -77,11 +87,30 @@ impl Slots {
     /// # Errors
     /// [`Error`]; the device is closed then.
     pub(crate) fn add(&mut self, slot: HostSlot, ram: &Ram, host: &mut Host) -> Result<usize, Error> {
-        let free = self.ports.iter().position(|port| port.slot.is_none()).ok_or(Error::NoFreePort)?;
+        let free = self.free(slot.asks())?;
         self.ports[free].plug(&slot, &self.root, ram, &self.connections)?;
         self.board.filled(free, slot.selection().to_string(), slot.functions());
         host.slots[free] = Some(slot);
         Ok(free)
+    }
+
+    /// A free port, with a DMA device if the guest has to ask for mappings, and if possible only then.
+    fn free(&self, asks: bool) -> Result<usize, Error> {
+        let mut free = self.ports.iter().enumerate().filter(|(_, port)| port.slot.is_none()).peekable();
+        if free.peek().is_none() {
+            return Err(Error::NoFreePort);
+        }
+        let suits = |(_, port): &(usize, &Port)| port.companion.is_some() == asks;
+        let any = free.clone().next().filter(|_| !asks);
+        free.find(suits).or(any).map(|(index, _)| index).ok_or(Error::NoDmaDevice)
+    }
+
+    /// The machine ends, and all functions were reset: every device is closed, and then guest memory is out of their reach.
+    pub(crate) fn close(mut self) {
+        for port in &mut self.ports {
+            let slot = port.slot.take();
+            self.retained.extend(slot.and_then(GuestSlot::close));
+        }
     }
 
     /// Asks the guest to let go of what `selection` means; `reply` hears of it once it has.
@@ -143,12 +172,13 @@ impl Slots {
 }
 
 impl Port {
-    fn new(device: u8, root: &RootComplex, connections: &Connections) -> Result<Self, Error> {
+    fn new(place: Place, root: &RootComplex, connections: &Connections) -> Result<Self, Error> {
+        let device = place.port;
         let power = Arc::new(Event::new().map_err(Error::Thread)?);
         let hot_plug = HotPlug { msi: connections.msi.clone(), power: power.clone() };
         let port = Arc::new(RootPort::with_hot_plug(device, hot_plug));
         root.add_port(device, port.clone())?;
-        Ok(Self { device, port, power, slot: None, pressed: None, waiting: Vec::new() })
+        Ok(Self { device, port, power, companion: None, slot: None, pressed: None, waiting: Vec::new() })
     }
 
     /// Fills the port's slot, with all of guest memory in the device's DMA domain unless the guest asks for what it needs.
@@ -159,11 +189,11 @@ impl Port {
         ram: &Ram,
         connections: &Connections,
     ) -> Result<(), Error> {
-        let memory = if slot.asks() { None } else { Some(ram.map_for_dma(slot.domain())?) };
         // What the guest did to the power of an empty slot is no wish to have the new device out of it.
         self.power.take();
         let port = (self.port.clone(), self.power.clone());
-        self.slot = Some(GuestSlot::plug(slot, self.device, port, root, memory, connections)?);
+        let dma = |functions: &[_]| SlotDma::new(slot, self.companion.as_ref(), functions, ram);
+        self.slot = Some(GuestSlot::plug(slot, self.device, port, root, dma, connections)?);
         Ok(())
     }
 }

@@ -28,7 +28,8 @@ impl Function {
             return self.report("a config write failed", &error);
         }
         if self.asks_for_reset(access, value) {
-            return self.reset_device(state);
+            self.reset_device(state);
+            return;
         }
         if let Some(power) = self.features.power.filter(|power| access.covers(power.control)) {
             self.set_power(state, power.control, value & 3);
@@ -58,12 +59,53 @@ impl Function {
         if on {
             self.sync_interrupts(state);
         }
+        if on && state.held {
+            return;
+        }
         if let Err(error) = self.host.set_bus_master(on) {
             self.report(if on { "it cannot be bus master" } else { "it does not stop its DMA" }, &error);
             if on {
                 state.table.set(COMMAND, u32::from(COMMAND_BUS_MASTER), 0);
             }
         }
+    }
+
+    /// Holds the function back from DMA (and with it from messages) in hardware, or no longer: what the guest writes to COMMAND reads back as
+    /// written, and counts once it is let go. Of use where a guest has to say first that it knows the rules of this host's IOMMU.
+    pub fn hold_dma(&self, held: bool) {
+        let mut state = self.lock();
+        let was = std::mem::replace(&mut state.held, held);
+        let on = state.table.value(COMMAND) & u32::from(COMMAND_BUS_MASTER) != 0;
+        if was == held || !on || !self.health.usable() {
+            return;
+        }
+        if held {
+            if let Err(error) = self.host.set_bus_master(false) {
+                self.report("it does not stop its DMA", &error);
+            }
+        } else {
+            self.set_bus_master(&mut state);
+        }
+    }
+
+    /// Stops the function's DMA and resets it like [`outboard_pci::PciFunction::reset`], but leaves it where the guest has put it: a guest can
+    /// ask for this (through another device) after its kernel has assigned addresses. Whether it can no longer write to memory.
+    pub fn restart(&self) -> bool {
+        let mut state = self.lock();
+        let placed = self.bars.registers(&state.table);
+        let decoding = state.table.value(COMMAND);
+        let shown = state.mappings.shown();
+        let silent = self.reset_device(&mut state);
+        for (register, value) in placed {
+            state.table.set(register, u32::MAX, value);
+        }
+        state.table.set(COMMAND, u32::from(COMMAND_MEMORY), decoding);
+        for (index, ipa) in shown.into_iter().enumerate() {
+            if let (Some(ipa), Some(bar)) = (ipa.filter(|_| self.health.usable()), self.bars.get(index)) {
+                state.mappings.show(&*self.host, &*self.wiring.mapper, (index, bar), ipa);
+            }
+        }
+        silent
     }
 
     /// D0 and D3hot; writes of other states are discarded, as for states a function does not have (PCIe 7.5.2.2).
@@ -124,34 +166,39 @@ impl Function {
     ///
     /// Order: nobody reaches its memory; no interrupt; no DMA, and what was under way has ended; only then the reset. What the
     /// device could reach is unmapped by the owner of the DMA domain, and only after this returns with the function usable or gone.
-    pub(crate) fn reset_device(&self, state: &mut State) {
+    ///
+    /// Whether it is sure that the device writes to memory no more.
+    pub(crate) fn reset_device(&self, state: &mut State) -> bool {
         self.close(state);
         self.interrupts_off(state);
-        if self.health.usable() {
-            self.reset_hardware(state);
-        }
+        let silent = self.health.usable() && self.reset_hardware(state);
         // Every field is named, so that a new one cannot be forgotten.
-        let State { table, asleep, mode: _, intx: _, mappings: _ } = state;
-        // `mode`, `intx`: off by interrupts_off. `mappings`: the guest's are gone by close; the host's stay good over a reset.
+        let State { table, asleep, mode: _, intx: _, mappings: _, held: _ } = state;
+        // `mode`, `intx`: off by interrupts_off. `mappings`: the guest's are gone by close; the host's stay good over a reset. `held`: not the
+        // guest's to change.
         table.reset();
         *asleep = false;
         self.msi.iter().chain(&self.msix).for_each(|vectors| vectors.state.reset());
         if self.health.usable() {
             self.open();
         }
+        silent || self.health.loss() == Some(&Loss::Gone)
     }
 
-    fn reset_hardware(&self, state: &mut State) {
+    /// Whether it stopped by itself or was reset.
+    fn reset_hardware(&self, state: &mut State) -> bool {
         if let Some(power) = self.features.power.filter(|_| state.asleep) {
             // A function in D3hot need not take a reset.
             self.wake(state, power.control);
         }
-        if let Err(error) = self.host.set_bus_master(false) {
+        let stopped = self.host.set_bus_master(false);
+        let mut silent = stopped.is_ok();
+        if let Err(error) = stopped {
             // The reset ends what did not end by itself.
             self.report("it does not stop its DMA", &error);
         }
         match self.host.reset().map_err(|error| (self.health.note(&error), error).1) {
-            Ok(()) => {}
+            Ok(()) => silent = true,
             // Said when it was opened, and not again for each boot of the guest. Its DMA has ended, its interrupts are off.
             Err(Error::NoReset(_)) => tracing::debug!("{} has no reset", self.name),
             Err(error) => self.health.lose(Loss::Broken(format!("it cannot be reset ({error})"))),
@@ -162,6 +209,7 @@ impl Function {
         if self.health.usable() {
             self.decode();
         }
+        silent
     }
 
     /// Whether it is still the device it was, down to its capabilities.

@@ -23,7 +23,7 @@ pub struct Function {
     pub(crate) features: Features,
     pub(crate) counts: InterruptCounts,
     pub(crate) fingerprint: Vec<(u16, u32, u32)>,
-    bars: Bars,
+    pub(crate) bars: Bars,
     rom: Vec<u8>,
     pub(crate) msi: Option<Arc<Vectors>>,
     pub(crate) msix: Option<Arc<Vectors>>,
@@ -41,6 +41,8 @@ pub(crate) struct State {
     pub(crate) mode: Mode,
     pub(crate) intx: Option<Intx>,
     pub(crate) mappings: Mappings,
+    /// No bus master in hardware, whatever the guest's COMMAND says.
+    pub(crate) held: bool,
 }
 
 /// Where a trapped access goes.
@@ -76,8 +78,14 @@ impl Function {
             Layout::build(&image, &facts).map_err(malformed)?;
         let vectors = |count| Vectors::new(count, Arc::clone(&wiring.msi), wiring.vectors.clone());
         let health = Health::new(address).map_err(|source| Error::Resources { what: "an event", source })?;
-        let state =
-            State { table, asleep: false, mode: Mode::Off, intx: None, mappings: Mappings::default() };
+        let state = State {
+            table,
+            asleep: false,
+            mode: Mode::Off,
+            intx: None,
+            mappings: Mappings::default(),
+            held: false,
+        };
         let function = Self {
             name: address.to_string(),
             msi: features.msi.map(|shape| vectors(shape.vectors)),

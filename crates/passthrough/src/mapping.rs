@@ -28,6 +28,8 @@ pub(crate) struct Mappings {
     /// Kept while the guest moves its BARs and turns decoding on and off.
     host: [Vec<Piece>; BAR_COUNT],
     guest: [Vec<Shown>; BAR_COUNT],
+    /// Guest address of each BAR that is shown, as far as it can be mapped.
+    at: [Option<u64>; BAR_COUNT],
     /// What could not be taken out of the guest: kept for good, since the guest may still reach it.
     stuck: Vec<Arc<dyn MappedBar>>,
 }
@@ -46,6 +48,7 @@ impl Mappings {
         if !ipa.is_multiple_of(GRANULE) {
             return;
         }
+        self.at[index] = Some(ipa);
         self.host[index].resize_with(bar.pieces.len(), Piece::default);
         for (range, piece) in bar.pieces.iter().zip(&mut self.host[index]) {
             if matches!(piece, Piece::Untried) {
@@ -74,6 +77,7 @@ impl Mappings {
 
     /// Takes BAR `index` out of the guest.
     pub(crate) fn hide(&mut self, mapper: &dyn GuestMapper, index: usize) {
+        self.at[index] = None;
         for Shown { ipa, bar } in self.guest[index].drain(..) {
             if let Err(error) = mapper.unmap(ipa, bar.len()) {
                 tracing::error!(
@@ -82,6 +86,11 @@ impl Mappings {
                 self.stuck.push(bar);
             }
         }
+    }
+
+    /// Where the root complex has put the BARs that are in the guest.
+    pub(crate) fn shown(&self) -> [Option<u64>; BAR_COUNT] {
+        self.at
     }
 
     /// Takes all BARs out of the guest.

@@ -77,6 +77,12 @@ impl Bars {
         }
     }
 
+    /// The registers that say where the guest has put them, and what they hold.
+    pub(crate) fn registers(&self, table: &Table) -> Vec<(u16, u32)> {
+        let bars = (0..BAR_COUNT as u16).map(|index| regs::BAR0 + 4 * index);
+        bars.chain([ROM_REGISTER]).map(|register| (register, table.value(register))).collect()
+    }
+
     /// Where the guest has put them, as if decoding were on.
     pub(crate) fn placed(&self, table: &Table) -> Decoded {
         let mut placed = Decoded::default();

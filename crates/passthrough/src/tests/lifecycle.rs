@@ -42,6 +42,48 @@ fn c1_a_reset_goes_unmap_interrupts_off_bus_master_off_reset() {
 }
 
 #[test]
+fn a_restart_leaves_the_function_where_the_guest_has_put_it() {
+    let rig = Rig::new();
+    busy(&rig);
+    let shown = rig.mapper.ranges();
+    assert!(rig.function.restart());
+    let log = rig.log.take();
+    let order: Vec<usize> =
+        ["unmap", "disable", "bus master false", "reset", "map"].iter().map(|what| at(&log, what)).collect();
+    assert!(order.is_sorted(), "{log:?}");
+    assert_eq!(rig.mapper.ranges(), shown);
+    assert_eq!((rig.dword(4) & 0xffff, rig.dword(0x10), rig.read(0xb2, Width::B2)), (2, 0x2000_0000, 69));
+    assert_eq!(rig.bus.read(0x2001_0000, Width::B4), 0x0100_0000, "it decodes");
+    rig.write(4, Width::B2, 0);
+    assert_eq!(rig.mapper.ranges(), []);
+    assert!(rig.function.restart());
+    assert_eq!(rig.mapper.ranges(), [], "what was not shown stays away");
+    rig.write(4, Width::B2, 6);
+    assert_eq!(rig.mapper.ranges(), shown);
+}
+
+#[test]
+fn a_function_held_back_is_no_bus_master_whatever_the_guest_writes() {
+    let rig = Rig::new();
+    rig.function.hold_dma(true);
+    rig.place();
+    let masters = || rig.log.take().into_iter().filter(|e| e.starts_with("bus master")).collect::<Vec<_>>();
+    assert_eq!((rig.dword(4) & 0xffff, masters()), (6, vec![]), "the guest reads what it wrote");
+    rig.root.reset();
+    rig.set_up_port();
+    rig.place();
+    assert!(!masters().contains(&"bus master true".to_owned()), "a reset is no way around it");
+    rig.function.hold_dma(false);
+    rig.function.hold_dma(false);
+    assert_eq!(masters(), ["bus master true"]);
+    rig.function.hold_dma(true);
+    assert_eq!((rig.dword(4) & 0xffff, masters()), (6, vec!["bus master false".to_owned()]));
+    rig.write(4, Width::B2, 2);
+    rig.function.hold_dma(false);
+    assert!(!masters().contains(&"bus master true".to_owned()), "the guest no longer wants it");
+}
+
+#[test]
 fn flr_needs_the_capability() {
     let mut space = super::device::Space::endpoint();
     space.put(0x74, 0x0000_8fe1);

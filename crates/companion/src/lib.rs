@@ -1,0 +1,30 @@
+//! The DMA device: through it a guest asks for every mapping that the devices of one slot need.
+//!
+//! [`Companion`] is a PCI function beside the root port it serves, with the registers of [`outboard_abi`]; [`Published`] is another one, over
+//! the same mappings, that speaks the published version-2 protocol. The machine says through [`ServedSlot`] how the slot's functions are
+//! stopped and what guest RAM there is.
+
+mod batch;
+mod core;
+mod device;
+mod published;
+mod ram;
+mod worker;
+
+pub use crate::core::Mapped;
+pub use device::{Companion, Config};
+pub use published::Published;
+pub use ram::GuestMemory;
+
+/// The functions that a companion serves, as far as DMA goes. Called from vCPU threads and the machine's own; never under the root complex's
+/// lock, but a call may take the functions' own locks.
+pub trait ServedSlot: Send + Sync {
+    /// Lets the functions be bus masters where their drivers want that, or holds them back, whatever the guest writes.
+    fn allow_dma(&self, allowed: bool);
+
+    /// Bus master off, drained, reset. Whether nothing of the slot can write to memory any more; `false` means that every mapping must stay.
+    fn silence(&self) -> bool;
+}
+
+#[cfg(test)]
+mod tests;

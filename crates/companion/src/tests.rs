@@ -1,0 +1,5 @@
+//! The device driven as a guest drives it: by its registers and guest RAM.
+
+mod batches;
+mod life;
+mod rig;

@@ -1,0 +1,93 @@
+//! Batches that the guest does not wait for: unmappings, on a thread of their own.
+
+use crate::batch::{Batch, Queue};
+use crate::core::Core;
+use std::collections::VecDeque;
+use std::io;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+/// Works batches off, one after the other. A queue has at most one under way, so there are never more than queues.
+pub(crate) struct Worker {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+struct Shared {
+    core: Arc<Core>,
+    queues: Arc<[Queue]>,
+    jobs: Mutex<Jobs>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Jobs {
+    waiting: VecDeque<(usize, Batch)>,
+    working: bool,
+    stop: bool,
+}
+
+impl Worker {
+    pub(crate) fn start(core: &Arc<Core>, queues: &Arc<[Queue]>) -> io::Result<Self> {
+        let shared = Arc::new(Shared {
+            core: core.clone(),
+            queues: queues.clone(),
+            jobs: Mutex::default(),
+            changed: Condvar::new(),
+        });
+        let worker = shared.clone();
+        let thread = std::thread::Builder::new().name(core.name.clone()).spawn(move || worker.work())?;
+        Ok(Self { shared, thread: Some(thread) })
+    }
+
+    /// Leaves `batch` of queue `queue`, which the batch has taken, to the thread.
+    pub(crate) fn hand_over(&self, queue: usize, batch: Batch) {
+        self.shared.lock().waiting.push_back((queue, batch));
+        self.shared.changed.notify_all();
+    }
+
+    /// Waits until all batches handed over are done.
+    pub(crate) fn settle(&self) {
+        let busy = |jobs: &mut Jobs| jobs.working || !jobs.waiting.is_empty();
+        let settled = self.shared.changed.wait_while(self.shared.lock(), busy);
+        drop(settled.unwrap_or_else(PoisonError::into_inner));
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.shared.lock().stop = true;
+        self.shared.changed.notify_all();
+        if let Some(thread) = self.thread.take() {
+            // The panic hook has reported a panic there.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Shared {
+    fn work(&self) {
+        let mut jobs = self.lock();
+        loop {
+            if let Some((index, batch)) = jobs.waiting.pop_front() {
+                jobs.working = true;
+                drop(jobs);
+                let result = batch.run(&self.core, true);
+                if let Some(queue) = self.queues.get(index) {
+                    queue.end(result);
+                }
+                jobs = self.lock();
+                jobs.working = false;
+                self.changed.notify_all();
+            } else if jobs.stop {
+                return;
+            } else {
+                jobs = self.changed.wait(jobs).unwrap_or_else(PoisonError::into_inner);
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Jobs> {
+        self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
