@@ -24,6 +24,7 @@ pub fn attach(source: &str, kind: &str, target: &str, flags: MsFlags, options: &
 
 /// Switches the machine off.
 pub fn power_off() -> Result<()> {
+    lab_cases::guest::drain_console();
     nix::unistd::sync();
     reboot(RebootMode::RB_POWER_OFF).context("cannot switch off")?;
     Ok(())

@@ -163,15 +163,7 @@ fn prepare_and_run(
     let extras = Extras { peer: needs_peer(names, vmm), dma_module: needs_dma_module(names) };
     let mut session = start(paths, extras, progress)?;
     for name in names {
-        let before = report.cases.len();
         run_case(&mut session, name, vmm, progress, report)?;
-        let failed = report.cases[before..].iter().any(|case| matches!(case.outcome, Outcome::Failed(_)));
-        if failed && names.len() > 1 {
-            // Once more, and in plain sight: a rare fault must be seen, but must not hide what the rest of the run shows.
-            progress.say(&format!("  AGAIN    {name}: it failed above; its second result counts"));
-            report.cases.truncate(before);
-            run_case(&mut session, name, vmm, progress, report)?;
-        }
     }
     progress.begin("switch the host off");
     session.power_off()?;

@@ -58,6 +58,7 @@ impl Guest {
 
     /// Reboots; does not come back.
     pub fn reboot(&self) -> Result<()> {
+        drain_console();
         let never = nix::sys::reboot::reboot(RebootMode::RB_AUTOBOOT).context("cannot reboot")?;
         match never {}
     }
@@ -113,6 +114,14 @@ pub fn say(line: &GuestLine) {
     // If the console is gone there is nobody to tell.
     let _ = console.write_all(text.as_bytes());
     let _ = console.flush();
+}
+
+/// Waits until the kernel has given everything printed so far to the serial port. To be called before the end of the machine, which
+/// does not wait for it: Linux 6.12 leaves a line that is written while the idle port wakes up (`serial_port_runtime_resume`) in its buffer
+/// until the port goes idle again, half a second later.
+pub fn drain_console() {
+    // On what is no terminal there is nothing to wait for.
+    let _ = nix::sys::termios::tcdrain(std::io::stdout());
 }
 
 /// Waits until `test` gives a value.
