@@ -4,7 +4,7 @@
 use crate::mounts;
 use anyhow::{Context, Result, bail};
 use lab_cases::guest::{busybox, load_module, wait_for};
-use lab_cases::host::{Host, MODULES, OUT, SHARE, WORK, millis, send};
+use lab_cases::host::{DEBUGFS, Host, MODULES, OUT, SHARE, WORK, millis, send};
 use lab_cases::protocol::{Command, Event, OUT_TAG, Outcome, PORT, SHARE_TAG, Vmm};
 use nix::mount::MsFlags;
 use nix::sys::signal::{Signal, killpg};
@@ -22,6 +22,8 @@ use std::time::{Duration, Instant};
 /// What the supervisor hears.
 enum Input {
     Command(Command),
+    /// `xtask` is gone, whatever ended it: nobody needs this machine any more.
+    PortClosed,
     Event(String),
     CaseClosed,
 }
@@ -55,7 +57,7 @@ fn serve() -> Result<()> {
                     write_event(&mut events, &Event::Done { case, outcome, ms: millis(start) })?;
                 }
             }
-            Input::Command(Command::PowerOff) => return Ok(()),
+            Input::Command(Command::PowerOff) | Input::PortClosed => return Ok(()),
             // Left over from a case that is over.
             Input::Command(Command::Input(_) | Command::Abort) | Input::Event(_) | Input::CaseClosed => {}
         }
@@ -71,6 +73,8 @@ fn set_up() -> Result<()> {
     let nine = "trans=virtio,version=9p2000.L,msize=1048576";
     mounts::attach(SHARE_TAG, "9p", SHARE, MsFlags::MS_RDONLY, &format!("{nine},cache=loose"))?;
     mounts::attach(OUT_TAG, "9p", OUT, MsFlags::empty(), nine)?;
+    mounts::attach("devpts", "devpts", "/dev/pts", MsFlags::empty(), "ptmxmode=0666")?;
+    mounts::attach("debugfs", "debugfs", DEBUGFS, MsFlags::empty(), "")?;
     busybox(&["ip", "link", "set", "lo", "up"])?;
     fs::write("/etc/resolv.conf", "nameserver 127.0.0.1\n").context("cannot name the DNS server")
 }
@@ -96,6 +100,7 @@ fn read_commands(port: File, sender: &Sender<Input>) {
             Err(error) => println!("lab-agent: not a command ({error}): {line}"),
         }
     }
+    let _ = sender.send(Input::PortClosed);
 }
 
 /// Runs a case's process. `None` if the process has said itself how it ended.
@@ -131,7 +136,7 @@ fn supervise(
             Ok(Input::Command(command @ Command::Input(_))) => forward(&mut stdin, &command),
             Ok(Input::Command(command)) => println!("lab-agent: a case runs, ignored: {command:?}"),
             Err(RecvTimeoutError::Timeout) => break Some(format!("not over after {} s", limit.as_secs())),
-            Err(RecvTimeoutError::Disconnected) => bail!("the port closed"),
+            Ok(Input::PortClosed) | Err(RecvTimeoutError::Disconnected) => bail!("the port closed"),
         }
     };
     let status = clean_up(child, inputs)?;

@@ -11,6 +11,7 @@ mod hypervisor;
 mod net;
 mod passthrough;
 mod power;
+mod terminal;
 mod vsock;
 
 use crate::case::Case;
@@ -21,6 +22,7 @@ pub(crate) fn table() -> Vec<Case> {
         hypervisor::cases(),
         boot::cases(),
         power::cases(),
+        terminal::cases(),
         devices::cases(),
         disk::cases(),
         net::cases(),

@@ -4,12 +4,14 @@ mod assigned;
 mod ports;
 mod serve;
 mod spec;
+mod stuck;
 mod vm;
 
 pub use assigned::{Assigned, AssignedSlot, Dma, SmmuFault, driver_of, outboard, smmu_faults};
 pub use ports::Port;
 pub use serve::{DNS_ANSWER, DNS_NAME, dns_server, web_server};
 pub use spec::{Console, Disk, GuestSpec, INITRD_DEVICES, INITRD_DMA, Kernel};
+pub use stuck::DEBUGFS;
 pub use vm::{ExitKind, RunningVm};
 
 use crate::guest::load_module;

@@ -83,6 +83,8 @@ impl Disk {
 pub enum Console {
     /// The monitor's standard input and output.
     Stdio,
+    /// The monitor's standard input and output, which are a terminal.
+    Terminal,
     /// A Unix socket that the monitor listens on.
     Socket(PathBuf),
 }
@@ -170,6 +172,12 @@ impl GuestSpec {
         self
     }
 
+    /// With the monitor on a terminal of its own.
+    pub fn terminal(mut self) -> Self {
+        self.console = Console::Terminal;
+        self
+    }
+
     /// With `key` and `value` for the guest half, which asks for them with `Guest::arg`.
     pub fn arg(mut self, key: &str, value: impl std::fmt::Display) -> Self {
         self.append.push_str(&format!(" lab.{key}={value}"));
@@ -237,7 +245,7 @@ impl GuestSpec {
             command.arg("--net").arg(value);
         }
         match &self.console {
-            Console::Stdio => command.arg("--console").arg("stdio"),
+            Console::Stdio | Console::Terminal => command.arg("--console").arg("stdio"),
             Console::Socket(path) => command.arg("--console").arg(format!("socket:{}", path.display())),
         };
         for device in &self.devices {
@@ -294,7 +302,7 @@ impl GuestSpec {
             }
         }
         match &self.console {
-            Console::Stdio => command.arg("-serial").arg("stdio"),
+            Console::Stdio | Console::Terminal => command.arg("-serial").arg("stdio"),
             Console::Socket(path) => {
                 command.arg("-serial").arg(format!("unix:{},server=on,wait=off", path.display()))
             }

@@ -1,12 +1,15 @@
 //! A guest that runs: its process, its console, what its guest half says.
 
-use super::{Console, GuestSpec, send};
+use super::{Console, GuestSpec, send, stuck};
 use crate::protocol::{Event, GuestLine, parse_guest_line};
 use anyhow::{Context, Result, anyhow, bail};
+use nix::pty::{OpenptyResult, openpty};
 use nix::sys::signal::{Signal, kill};
+use nix::sys::termios::{Termios, tcgetattr};
 use nix::unistd::Pid;
 use std::fs::File;
 use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
@@ -30,6 +33,26 @@ pub enum ExitKind {
     Signal(i32),
 }
 
+/// Both ends of a terminal. As long as the slave is open here too, its settings outlive the monitor.
+struct Terminal {
+    master: OwnedFd,
+    slave: OwnedFd,
+    before: Termios,
+}
+
+impl Terminal {
+    fn open() -> Result<Self> {
+        let OpenptyResult { master, slave } = openpty(None, None).context("cannot open a terminal")?;
+        let before = tcgetattr(&slave)?;
+        // Copies, because those are closed in the processes that are started.
+        Ok(Self { master: master.try_clone()?, slave: slave.try_clone()?, before })
+    }
+
+    fn slave(&self) -> Result<Stdio> {
+        Ok(self.slave.try_clone()?.into())
+    }
+}
+
 struct Line {
     at: Instant,
     text: String,
@@ -44,6 +67,7 @@ pub struct RunningVm {
     seen: Vec<GuestLine>,
     tail: Vec<String>,
     stderr: std::path::PathBuf,
+    terminal: Option<Terminal>,
 }
 
 impl RunningVm {
@@ -54,7 +78,12 @@ impl RunningVm {
         let mut command = spec.command();
         writeln!(File::create(&stderr)?, "$ {command:?}")?;
         let errors = File::options().append(true).open(&stderr)?;
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(errors);
+        let terminal = (spec.console == Console::Terminal).then(Terminal::open).transpose()?;
+        match &terminal {
+            Some(terminal) => command.stdin(terminal.slave()?).stdout(terminal.slave()?),
+            None => command.stdin(Stdio::piped()).stdout(Stdio::piped()),
+        };
+        command.stderr(errors);
         let started = Instant::now();
         let mut child = command
             .spawn()
@@ -64,6 +93,10 @@ impl RunningVm {
                 Box::new(child.stdout.take().expect("stdout is piped")),
                 Box::new(child.stdin.take().expect("stdin is piped")),
             ),
+            Console::Terminal => {
+                let master = &terminal.as_ref().expect("it was opened above").master;
+                (Box::new(File::from(master.try_clone()?)), Box::new(File::from(master.try_clone()?)))
+            }
             Console::Socket(path) => {
                 let socket = connect(path, &mut child)?;
                 (Box::new(socket.try_clone()?), Box::new(socket))
@@ -73,12 +106,18 @@ impl RunningVm {
         thread::Builder::new().name("console".into()).spawn(move || {
             read_console(output, transcript, stream, |line| sender.send(line).is_ok());
         })?;
-        Ok(Self { child, input, lines, started, seen: Vec::new(), tail: Vec::new(), stderr })
+        Ok(Self { child, input, lines, started, seen: Vec::new(), tail: Vec::new(), stderr, terminal })
     }
 
     /// The monitor's process.
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// The settings of the monitor's terminal: before it was started, and now.
+    pub fn terminal(&self) -> Result<(Termios, Termios)> {
+        let terminal = self.terminal.as_ref().context("the monitor has no terminal")?;
+        Ok((terminal.before.clone(), tcgetattr(&terminal.slave)?))
     }
 
     /// Just before the process was started.
@@ -261,7 +300,9 @@ impl RunningVm {
         self.tail.push(line.trim_end().to_owned());
     }
 
+    /// For an error message. Also keeps what the host's kernel knows, beside the other logs.
     fn ends(&self) -> String {
+        stuck::describe(self.pid(), &self.stderr.with_extension("").with_extension("stuck.log"));
         let said = self.stderr();
         let said = if said.is_empty() { "nothing" } else { &said };
         format!("end of its console: {:?}; the monitor said: {said}", self.tail)
