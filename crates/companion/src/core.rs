@@ -258,6 +258,7 @@ impl Core {
         if silent {
             self.release(&mut state);
         } else {
+            state.keep = true;
             tracing::error!("{}: what its device could reach stays mapped: it cannot be stopped", self.name);
         }
         self.enter(&mut state, if silent { Phase::Off } else { Phase::Gone });

@@ -57,7 +57,6 @@ fn a_device_that_cannot_be_stopped_keeps_its_mappings_for_good() {
     assert_eq!((rig.read(abi::STATE), rig.domain.mapped().0), (2, 1));
     rig.write(abi::QUEUE_FIRST, Width::B8, QUEUE);
     assert_eq!(rig.run(&[map(RAM.start, PAGE)]).0, Status::Gone);
-    rig.companion.detach(true);
     rig.companion.detach(false);
     assert_eq!(rig.domain.mapped().0, 1);
     assert!(!rig.companion.attach(rig.checked.clone(), rig.slot.clone()), "its memory is still mapped");
@@ -85,6 +84,7 @@ fn a_slot_that_was_emptied_maps_no_more() {
     assert!(!rig.companion.attach(rig.checked.clone(), rig.slot.clone()), "not over one that is there");
     assert_eq!(rig.read(abi::STATE), 0);
     control(&rig, abi::CONTROL_ENABLE);
+    rig.write(abi::QUEUE_FIRST, Width::B8, QUEUE);
     let next = rig.map(RAM.start, PAGE);
     assert!(next.status == 0 && next.handle > entry.handle);
     assert_eq!(rig.unmap(entry.handle), Status::NoSuchHandle);
