@@ -6,7 +6,7 @@ mod headers;
 use crate::debian::setup::{self, CROSS_COMPILER, MAKE, PAHOLE};
 use crate::paths::Paths;
 use crate::{process, stamp};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use headers::Headers;
 use std::collections::BTreeMap;
 use std::fs;
@@ -79,6 +79,15 @@ fn build_one(
         lay_out(paths, &folder, object, sources)?;
         let log = paths.lab.join(format!("module-{name}.log"));
         process::run_logged(&mut make(headers, &folder), &format!("building the module for {name}"), &log)?;
+        let said = fs::read_to_string(&log)?;
+        if let Some(warning) =
+            said.lines().find(|line| line.contains("warning:") || line.contains("WARNING:"))
+        {
+            bail!(
+                "the module for {name} builds with a warning: {warning}\nThe whole output: {}",
+                log.display()
+            );
+        }
         stamp::write_whole(&done, b"")
     })?;
     let mut files = Vec::new();

@@ -20,8 +20,10 @@ pub trait Device {
     fn put(&mut self, index: u32, entry: Raw);
     /// Reads an entry of the queue.
     fn get(&mut self, index: u32) -> Raw;
-    /// Has the device work through the first `count` entries. When this returns, it has. The status of the whole batch.
-    fn ring(&mut self, count: u32) -> u32;
+    /// Has the device work through the first `count` entries. When this returns, it has.
+    fn ring(&mut self, count: u32);
+    /// The status of the last batch as a whole. An exit of its own, so it is asked only where the entries do not say.
+    fn status(&mut self) -> u32;
     /// Waits, without sleeping.
     fn pause(&mut self, microseconds: u32);
 }
@@ -61,9 +63,8 @@ pub fn exchange(device: &mut impl Device, batch: &mut [Request], counts: &mut Co
         }
         counts.entries = counts.entries.wrapping_add(u64::from(sent));
         counts.rings = counts.rings.wrapping_add(1);
-        // The answers stand in the entries; one for the whole batch only says that there are none, and then they still say so.
-        let whole = device.ring(sent);
-        if !receive(device, batch, whole, last, counts) {
+        device.ring(sent);
+        if !receive(device, batch, last, counts) {
             return;
         }
     }
@@ -89,18 +90,12 @@ fn encode(line: &Request) -> Entry {
 }
 
 /// Takes the answers to what [`send`] sent. Whether some of it is to be asked again.
-fn receive(
-    device: &mut impl Device,
-    batch: &mut [Request],
-    whole: u32,
-    last: bool,
-    counts: &mut Counts,
-) -> bool {
+fn receive(device: &mut impl Device, batch: &mut [Request], last: bool, counts: &mut Counts) -> bool {
     let (mut index, mut again) = (0u32, false);
     for line in batch.iter_mut().filter(|line| line.outcome == Outcome::Open) {
         let entry = Entry::read(&device.get(index));
         index = index.saturating_add(1);
-        let code = if entry.status == NO_ANSWER && whole != Status::Ok.code() { whole } else { entry.status };
+        let code = if entry.status == NO_ANSWER { whole_batch(device) } else { entry.status };
         line.outcome = outcome(code);
         match line.outcome {
             Outcome::Done if !line.unmap => (line.bus, line.handle) = (entry.bus, entry.handle),
@@ -118,6 +113,14 @@ fn receive(
         }
     }
     again
+}
+
+/// Why the batch as a whole was not looked at; never success.
+fn whole_batch(device: &mut impl Device) -> u32 {
+    match device.status() {
+        code if code == Status::Ok.code() => NO_ANSWER,
+        code => code,
+    }
 }
 
 fn outcome(code: u32) -> Outcome {

@@ -37,8 +37,10 @@ pub struct Config {
     pub queue: *mut u8,
     /// Given to the two functions.
     pub context: *mut c_void,
-    /// Rings the doorbell; returns the queue's status.
-    pub ring: extern "C" fn(*mut c_void, u32) -> u32,
+    /// Rings the doorbell for this many entries.
+    pub ring: extern "C" fn(*mut c_void, u32),
+    /// The queue's status.
+    pub status: extern "C" fn(*mut c_void) -> u32,
     /// Waits for this many microseconds, without sleeping.
     pub pause: extern "C" fn(*mut c_void, u32),
 }
@@ -48,7 +50,8 @@ pub struct Host {
     queue: *mut Raw,
     lines: u32,
     context: *mut c_void,
-    ring: extern "C" fn(*mut c_void, u32) -> u32,
+    ring: extern "C" fn(*mut c_void, u32),
+    status: extern "C" fn(*mut c_void) -> u32,
     pause: extern "C" fn(*mut c_void, u32),
 }
 
@@ -72,8 +75,12 @@ impl Device for Host {
         }
     }
 
-    fn ring(&mut self, count: u32) -> u32 {
-        (self.ring)(self.context, count)
+    fn ring(&mut self, count: u32) {
+        (self.ring)(self.context, count);
+    }
+
+    fn status(&mut self) -> u32 {
+        (self.status)(self.context)
     }
 
     fn pause(&mut self, microseconds: u32) {
@@ -140,6 +147,7 @@ pub unsafe extern "C" fn odma_core_create(config: *const Config, memory: *mut u8
             lines: config.lines,
             context: config.context,
             ring: config.ring,
+            status: config.status,
             pause: config.pause,
         };
         let domain = Domain::new(storage, limits, &ram, host).ok()?;

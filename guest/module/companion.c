@@ -1,0 +1,340 @@
+// SPDX-License-Identifier: GPL-2.0
+/* The driver of the DMA device. */
+#include "odma.h"
+
+#include <linux/delay.h>
+#include <linux/ioport.h>
+#include <linux/module.h>
+#include <linux/vmalloc.h>
+
+#include "trace.h"
+
+#define QUEUE(reg) (ODMA_QUEUE_FIRST + (reg))
+
+DEFINE_MUTEX(odma_mutex);
+LIST_HEAD(odma_domains);
+
+/* What the core calls, under the domain's lock. */
+
+static void ring(void *context, u32 count)
+{
+	struct odma_domain *domain = context;
+
+	trace_odma_ring(&domain->pdev->dev, count);
+	/* writel orders the entries before the doorbell. The store traps: behind it the answers are there. */
+	writel(count, domain->regs + QUEUE(ODMA_QUEUE_DOORBELL));
+	mb();
+}
+
+static u32 status(void *context)
+{
+	struct odma_domain *domain = context;
+
+	return readl(domain->regs + QUEUE(ODMA_QUEUE_STATUS));
+}
+
+static void pause(void *context, u32 microseconds)
+{
+	udelay(microseconds);
+}
+
+/* Guest RAM, in at most ODMA_RAM_RANGES pieces. */
+
+struct ram {
+	struct odma_range ranges[64];
+	unsigned int count;
+};
+
+static int add_ram(struct resource *res, void *arg)
+{
+	struct ram *ram = arg;
+	struct odma_range *last = ram->count ? &ram->ranges[ram->count - 1] : NULL;
+
+	if (last && (last->start + last->len == res->start || ram->count == ARRAY_SIZE(ram->ranges))) {
+		last->len = res->end + 1 - last->start;
+		return 0;
+	}
+	ram->ranges[ram->count].start = res->start;
+	ram->ranges[ram->count].len = resource_size(res);
+	ram->count++;
+	return 0;
+}
+
+/*
+ * Holes are memory that firmware keeps. Where there are too many pieces the smallest holes are taken for RAM: nothing in
+ * them is ever asked for, and the host refuses what is not RAM.
+ */
+static void close_holes(struct ram *ram)
+{
+	while (ram->count > ODMA_RAM_RANGES) {
+		struct odma_range *r = ram->ranges;
+		unsigned int i, best = 1;
+		u64 smallest = U64_MAX;
+
+		for (i = 1; i < ram->count; i++) {
+			u64 hole = r[i].start - (r[i - 1].start + r[i - 1].len);
+
+			if (hole < smallest) {
+				smallest = hole;
+				best = i;
+			}
+		}
+		r[best - 1].len = r[best].start + r[best].len - r[best - 1].start;
+		ram->count--;
+		memmove(&r[best], &r[best + 1], (ram->count - best) * sizeof(*r));
+	}
+}
+
+static int find_ram(struct odma_core_config *config)
+{
+	struct ram *ram = kzalloc(sizeof(*ram), GFP_KERNEL);
+
+	if (!ram)
+		return -ENOMEM;
+	walk_iomem_res_desc(IORES_DESC_NONE, IORESOURCE_SYSTEM_RAM | IORESOURCE_BUSY, 0, U64_MAX, ram,
+			    add_ram);
+	close_holes(ram);
+	memcpy(config->ram, ram->ranges, ram->count * sizeof(ram->ranges[0]));
+	config->ram_count = ram->count;
+	kfree(ram);
+	return config->ram_count ? 0 : -ENODEV;
+}
+
+/* Makes the core anew, with nothing mapped. Nobody may be using the old one. */
+static int make_core(struct odma_domain *domain)
+{
+	struct odma_core_config config = {
+		.limit_bytes = domain->limit_bytes,
+		.limit_entries = domain->limit_entries,
+		.lines = ODMA_MAX_BATCH,
+		.queue = domain->queue,
+		.context = domain,
+		.ring = ring,
+		.status = status,
+		.pause = pause,
+	};
+	int error = find_ram(&config);
+	u64 bytes;
+
+	if (error)
+		return error;
+	bytes = odma_core_bytes(&config);
+	if (!bytes) {
+		pci_err(domain->pdev, "limits of %llu bytes in %u mappings cannot be used\n", config.limit_bytes,
+			config.limit_entries);
+		return -EINVAL;
+	}
+	if (!domain->core_memory || domain->core_bytes < bytes) {
+		vfree(domain->core_memory);
+		domain->core_memory = vmalloc(bytes);
+		domain->core_bytes = bytes;
+	}
+	if (!domain->core_memory)
+		return -ENOMEM;
+	domain->core = odma_core_create(&config, domain->core_memory, domain->core_bytes);
+	return domain->core ? 0 : -EINVAL;
+}
+
+/* A reset of the served functions loses what the kernel wrote into their configuration. */
+static void each_served(struct odma_domain *domain, bool save)
+{
+	struct pci_dev *pdev = NULL;
+
+	for_each_pci_dev(pdev) {
+		if (!odma_serves(domain, pdev))
+			continue;
+		if (save)
+			pci_save_state(pdev);
+		else
+			pci_restore_state(pdev);
+	}
+}
+
+static void reset(struct odma_domain *domain)
+{
+	each_served(domain, true);
+	writel(ODMA_CONTROL_RESET, domain->regs + ODMA_CONTROL);
+	each_served(domain, false);
+}
+
+bool odma_running(struct odma_domain *domain)
+{
+	return readl(domain->regs + ODMA_STATE) == ODMA_STATE_ON;
+}
+
+/* Starts with nothing mapped, whatever was before: a crashed kernel's mappings, or a device that came back. */
+int odma_start(struct odma_domain *domain)
+{
+	int error;
+
+	if (readl(domain->regs + ODMA_STATE) != ODMA_STATE_OFF)
+		reset(domain);
+	error = make_core(domain);
+	if (error)
+		return error;
+	writeq(virt_to_phys(domain->queue), domain->regs + QUEUE(ODMA_QUEUE_BASE));
+	writel(ODMA_CONTROL_ENABLE, domain->regs + ODMA_CONTROL);
+	if (!odma_running(domain)) {
+		pci_err(domain->pdev, "the DMA device does not start (state %u)\n",
+			readl(domain->regs + ODMA_STATE));
+		return -EIO;
+	}
+	return 0;
+}
+
+/* Gives all idle windows back. A batch at a time, so that nobody waits long for the lock. */
+void odma_trim(struct odma_domain *domain)
+{
+	unsigned long flags;
+	int more;
+
+	do {
+		raw_spin_lock_irqsave(&domain->lock, flags);
+		more = odma_core_trim(domain->core);
+		raw_spin_unlock_irqrestore(&domain->lock, flags);
+		cond_resched();
+	} while (more);
+}
+
+static int check(struct odma_domain *domain)
+{
+	struct pci_dev *pdev = domain->pdev;
+	u32 magic = readl(domain->regs + ODMA_MAGIC), version = readl(domain->regs + ODMA_VERSION);
+	u32 granule = readl(domain->regs + ODMA_GRANULE), batch = readl(domain->regs + ODMA_BATCH);
+
+	if (magic != ODMA_MAGIC_VALUE || version >> 16 != ODMA_VERSION_VALUE >> 16) {
+		pci_err(pdev, "unknown protocol (magic %#x, version %#x); this module speaks %u.x\n", magic, version,
+			ODMA_VERSION_VALUE >> 16);
+		return -ENODEV;
+	}
+	if (granule != SZ_16K || batch < ODMA_MAX_BATCH) {
+		pci_err(pdev, "granule %u or batch %u cannot be used\n", granule, batch);
+		return -ENODEV;
+	}
+	domain->served = readl(domain->regs + ODMA_SERVED);
+	domain->address_bits = clamp(readl(domain->regs + ODMA_ADDRESS_BITS), 1u, 64u);
+	domain->limit_bytes = readq(domain->regs + ODMA_LIMIT_BYTES);
+	domain->limit_entries = readl(domain->regs + ODMA_LIMIT_ENTRIES);
+	return 0;
+}
+
+static void free_domain(struct odma_domain *domain)
+{
+	vfree(domain->core_memory);
+	if (domain->queue)
+		free_pages_exact(domain->queue, ODMA_MAX_BATCH * ODMA_ENTRY_BYTES);
+	if (domain->regs)
+		pci_iounmap(domain->pdev, domain->regs);
+	odma_record_free(domain);
+	kfree(domain);
+}
+
+static struct odma_domain *new_domain(struct pci_dev *pdev)
+{
+	struct odma_domain *domain = kzalloc(sizeof(*domain), GFP_KERNEL);
+
+	if (!domain)
+		return NULL;
+	domain->pdev = pdev;
+	raw_spin_lock_init(&domain->lock);
+	INIT_LIST_HEAD(&domain->clients);
+	INIT_DELAYED_WORK(&domain->tidy, odma_tidy);
+	domain->queue = alloc_pages_exact(ODMA_MAX_BATCH * ODMA_ENTRY_BYTES, GFP_KERNEL | __GFP_ZERO);
+	domain->regs = pci_iomap(pdev, 0, ODMA_BAR_BYTES);
+	if (!domain->queue || !domain->regs) {
+		free_domain(domain);
+		return NULL;
+	}
+	return domain;
+}
+
+static int probe(struct pci_dev *pdev, const struct pci_device_id *id)
+{
+	struct odma_domain *domain;
+	int error = pci_enable_device_mem(pdev);
+
+	if (error)
+		return error;
+	error = pci_request_region(pdev, 0, KBUILD_MODNAME);
+	if (error)
+		goto disable;
+	/* It reads and writes the queue in guest RAM. */
+	pci_set_master(pdev);
+	error = -ENOMEM;
+	domain = new_domain(pdev);
+	if (!domain)
+		goto release;
+	error = check(domain);
+	if (!error)
+		error = odma_start(domain);
+	if (error)
+		goto free;
+	pci_set_drvdata(pdev, domain);
+	odma_debugfs_add(domain);
+	mutex_lock(&odma_mutex);
+	list_add_tail(&domain->list, &odma_domains);
+	mutex_unlock(&odma_mutex);
+	pci_info(pdev, "maps up to %llu MiB in %u pieces for what is behind root port %02x.%x\n",
+		 domain->limit_bytes >> 20, domain->limit_entries, PCI_SLOT(domain->served),
+		 PCI_FUNC(domain->served));
+	odma_adopt(domain);
+	return 0;
+free:
+	free_domain(domain);
+release:
+	pci_release_region(pdev, 0);
+disable:
+	pci_disable_device(pdev);
+	return error;
+}
+
+static void remove(struct pci_dev *pdev)
+{
+	struct odma_domain *domain = pci_get_drvdata(pdev);
+
+	/* Unbinds what still uses it: nothing may be mapped when the device goes. */
+	odma_abandon(domain);
+	mutex_lock(&odma_mutex);
+	list_del(&domain->list);
+	mutex_unlock(&odma_mutex);
+	cancel_delayed_work_sync(&domain->tidy);
+	odma_debugfs_remove(domain);
+	reset(domain);
+	free_domain(domain);
+	pci_release_region(pdev, 0);
+	pci_disable_device(pdev);
+}
+
+/* Before a reboot or kexec. The next kernel's memory must not be written by what this one's drivers left running. */
+static void shutdown(struct pci_dev *pdev)
+{
+	struct odma_domain *domain = pci_get_drvdata(pdev);
+
+	writel(ODMA_CONTROL_RESET, domain->regs + ODMA_CONTROL);
+}
+
+static const struct pci_device_id ids[] = {
+	{ PCI_DEVICE(ODMA_PCI_VENDOR, ODMA_PCI_DEVICE) },
+	{ }
+};
+MODULE_DEVICE_TABLE(pci, ids);
+
+static struct pci_driver driver = {
+	.name = KBUILD_MODNAME,
+	.id_table = ids,
+	.probe = probe,
+	.remove = remove,
+	.shutdown = shutdown,
+	/* Unbinding it by hand would take the mappings of running drivers away. */
+	.driver.suppress_bind_attrs = true,
+};
+
+int odma_companion_init(void)
+{
+	return pci_register_driver(&driver);
+}
+
+void odma_companion_exit(void)
+{
+	pci_unregister_driver(&driver);
+}

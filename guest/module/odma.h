@@ -1,0 +1,124 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+#ifndef ODMA_H
+#define ODMA_H
+
+#define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
+
+#include <linux/device.h>
+#include <linux/dma-map-ops.h>
+#include <linux/list.h>
+#include <linux/mutex.h>
+#include <linux/pci.h>
+#include <linux/percpu.h>
+#include <linux/spinlock.h>
+#include <linux/types.h>
+#include <linux/workqueue.h>
+
+#include "abi.h"
+#include "core.h"
+
+/* What one CPU saw of one function. Mappings count by entry: a scatterlist of ten is ten. */
+struct odma_counts {
+	s64 live;	/* made here less taken down here; the sum over CPUs is what is live */
+	u64 hits;	/* calls that needed no exit */
+	u64 misses;	/* calls that needed the lock */
+	u64 failed;	/* calls that failed for want of room, or because the host refused */
+	u64 refused;	/* calls that can never succeed: not RAM, MMIO */
+	u64 masked;	/* calls that failed because the bus address was beyond the function's mask */
+	u64 unknown;	/* releases of what was not mapped */
+};
+
+struct odma_record;
+
+/* The mappings of one slot, and the DMA device through which they are made. */
+struct odma_domain {
+	struct pci_dev *pdev;
+	void __iomem *regs;
+	unsigned int served;		/* the root port's device and function number */
+	unsigned int address_bits;
+	u64 limit_bytes;
+	u32 limit_entries;
+	const struct odma_core *core;
+	u8 *core_memory;
+	u64 core_bytes;
+	void *queue;
+	raw_spinlock_t lock;		/* around the core's slow half and the queue; raw: taken in any context */
+	struct odma_record *record;
+	struct dentry *debugfs;
+	struct list_head list;		/* of all, under odma_mutex */
+	struct list_head clients;	/* under odma_mutex */
+	bool closing;			/* serves nothing new; under odma_mutex */
+	struct delayed_work tidy;
+	u64 leaks;			/* mappings that drivers left behind */
+};
+
+/* One function behind that root port. */
+struct odma_client {
+	/* What dev->dma_ops points to, so that an operation finds the rest without a search. */
+	struct dma_map_ops ops;
+	struct odma_domain *domain;
+	struct device *dev;
+	const struct dma_map_ops *former;
+	struct odma_counts __percpu *counts;
+	struct list_head list;
+	s64 leaked;
+	bool bound;
+};
+
+extern struct mutex odma_mutex;
+extern struct list_head odma_domains;
+
+static inline struct odma_client *odma_client_of(struct device *dev)
+{
+	return container_of(dev->dma_ops, struct odma_client, ops);
+}
+
+/* companion.c */
+int odma_companion_init(void);
+void odma_companion_exit(void);
+void odma_trim(struct odma_domain *domain);
+int odma_start(struct odma_domain *domain);
+bool odma_running(struct odma_domain *domain);
+
+/* served.c */
+int odma_served_init(void);
+void odma_served_exit(void);
+bool odma_serves(struct odma_domain *domain, struct pci_dev *pdev);
+void odma_adopt(struct odma_domain *domain);
+void odma_abandon(struct odma_domain *domain);
+void odma_tidy(struct work_struct *work);
+void odma_sum(struct odma_client *client, struct odma_counts *sum);
+
+/* ops.c */
+extern const struct dma_map_ops odma_ops;
+dma_addr_t odma_map(struct device *dev, phys_addr_t phys, size_t size, u64 mask, unsigned long attrs);
+void odma_unmap(struct device *dev, dma_addr_t bus, size_t size);
+u64 odma_mask(struct device *dev);
+void odma_failed(struct odma_client *client, int failure, phys_addr_t phys, size_t size,
+		 unsigned long attrs);
+
+/* sg.c */
+int odma_map_sg(struct device *dev, struct scatterlist *sg, int nents, enum dma_data_direction dir,
+		unsigned long attrs);
+void odma_unmap_sg(struct device *dev, struct scatterlist *sg, int nents,
+		   enum dma_data_direction dir, unsigned long attrs);
+
+/* debugfs.c */
+void odma_debugfs_init(void);
+void odma_debugfs_exit(void);
+void odma_debugfs_add(struct odma_domain *domain);
+void odma_debugfs_remove(struct odma_domain *domain);
+
+/* record.c */
+extern const struct file_operations odma_record_fops;
+void odma_record_map(struct odma_domain *domain, u64 bus, u64 phys, u64 len);
+void odma_record_map_sg(struct odma_domain *domain, struct scatterlist *sg, int nents);
+void odma_record_unmap(struct odma_domain *domain, u64 bus, u64 len, u32 count);
+void odma_record_free(struct odma_domain *domain);
+
+static inline bool odma_recording(struct odma_domain *domain)
+{
+	return unlikely(READ_ONCE(domain->record));
+}
+
+#endif

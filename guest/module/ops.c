@@ -1,0 +1,281 @@
+// SPDX-License-Identifier: GPL-2.0
+/* The DMA operations of a served function: single mappings and memory for both sides. sg.c has the scatterlists. */
+#include "odma.h"
+
+#include <linux/gfp.h>
+#include <linux/mm.h>
+#include <linux/scatterlist.h>
+
+#include "trace.h"
+
+#ifndef ODMA_HAVE_DMA_OPS
+#error "This kernel has no DMA operations per device (CONFIG_DMA_OPS up to Linux 6.11, CONFIG_ARCH_HAS_DMA_OPS from 6.12 on; \
+Fedora and Arch Linux ARM leave it out with CONFIG_XEN). outboard_dma cannot work on it: use a kernel with CONFIG_XEN=y, such as Debian's or Ubuntu's."
+#endif
+
+/* The highest bus address that the function may be given. */
+u64 odma_mask(struct device *dev)
+{
+	return min_not_zero(dma_get_mask(dev), dev->bus_dma_limit);
+}
+
+static u64 coherent_mask(struct device *dev)
+{
+	return min_not_zero(dev->coherent_dma_mask, dev->bus_dma_limit);
+}
+
+void odma_failed(struct odma_client *client, int failure, phys_addr_t phys, size_t size,
+		 unsigned long attrs)
+{
+	static const char * const why[] = {
+		[ODMA_NOT_RAM] = "is not RAM",
+		[ODMA_BYTES] = "exceeds the bytes that the host maps at a time",
+		[ODMA_ENTRIES] = "exceeds the mappings that the host makes at a time",
+		[ODMA_NO_SPACE] = "found no room in the host's DMA window",
+		[ODMA_HOST] = "was refused by the host",
+	};
+
+	if (failure == ODMA_NOT_RAM)
+		this_cpu_inc(client->counts->refused);
+	else
+		this_cpu_inc(client->counts->failed);
+	trace_odma_fail(client->dev, phys, size, failure);
+	if (!(attrs & DMA_ATTR_NO_WARN))
+		dev_warn_ratelimited(client->dev, "DMA mapping of %zu bytes at %pa %s\n", size, &phys,
+				     failure > 0 && failure < ARRAY_SIZE(why) ? why[failure] : "failed");
+}
+
+/* Any context. No lock and no exit where a window covers it. */
+dma_addr_t odma_map(struct device *dev, phys_addr_t phys, size_t size, u64 mask, unsigned long attrs)
+{
+	struct odma_client *client = odma_client_of(dev);
+	struct odma_domain *domain = client->domain;
+	u64 bus = odma_core_hit(domain->core, phys, size);
+	bool hit = bus != ODMA_UNRESOLVED;
+
+	if (!hit) {
+		unsigned long flags;
+		int failure;
+
+		raw_spin_lock_irqsave(&domain->lock, flags);
+		failure = odma_core_map(domain->core, phys, size, &bus);
+		raw_spin_unlock_irqrestore(&domain->lock, flags);
+		this_cpu_inc(client->counts->misses);
+		if (failure) {
+			odma_failed(client, failure, phys, size, attrs);
+			return DMA_MAPPING_ERROR;
+		}
+	} else {
+		this_cpu_inc(client->counts->hits);
+	}
+	if (unlikely(bus + size - 1 > mask)) {
+		odma_core_release(domain->core, bus, size);
+		this_cpu_inc(client->counts->masked);
+		if (!(attrs & DMA_ATTR_NO_WARN))
+			dev_warn_ratelimited(dev, "DMA mapping at bus address %#llx is beyond the device's mask %#llx\n",
+					     bus, mask);
+		return DMA_MAPPING_ERROR;
+	}
+	this_cpu_inc(client->counts->live);
+	trace_odma_map(dev, phys, bus, size, hit);
+	if (odma_recording(domain))
+		odma_record_map(domain, bus, phys, size);
+	return bus;
+}
+
+/* Any context, no lock, no exit. */
+void odma_unmap(struct device *dev, dma_addr_t bus, size_t size)
+{
+	struct odma_client *client = odma_client_of(dev);
+
+	/* First, so that the recorder never sees the address again before it sees that it is free. */
+	if (odma_recording(client->domain))
+		odma_record_unmap(client->domain, bus, size, 1);
+	if (unlikely(odma_core_release(client->domain->core, bus, size))) {
+		this_cpu_inc(client->counts->unknown);
+		dev_warn_ratelimited(dev, "DMA unmapping of %zu bytes at %pad: not mapped so\n", size, &bus);
+		return;
+	}
+	this_cpu_dec(client->counts->live);
+	trace_odma_unmap(dev, bus, size);
+}
+
+#ifdef ODMA_HAVE_MAP_PHYS
+static dma_addr_t map_phys(struct device *dev, phys_addr_t phys, size_t size,
+			   enum dma_data_direction dir, unsigned long attrs)
+{
+	if (attrs & DMA_ATTR_MMIO) {
+		/* A Mac maps its own RAM for a device and nothing else. */
+		odma_failed(odma_client_of(dev), ODMA_NOT_RAM, phys, size, attrs);
+		return DMA_MAPPING_ERROR;
+	}
+	return odma_map(dev, phys, size, odma_mask(dev), attrs);
+}
+
+static void unmap_phys(struct device *dev, dma_addr_t bus, size_t size, enum dma_data_direction dir,
+		       unsigned long attrs)
+{
+	odma_unmap(dev, bus, size);
+}
+#else
+static dma_addr_t map_page(struct device *dev, struct page *page, unsigned long offset, size_t size,
+			   enum dma_data_direction dir, unsigned long attrs)
+{
+	return odma_map(dev, page_to_phys(page) + offset, size, odma_mask(dev), attrs);
+}
+
+static void unmap_page(struct device *dev, dma_addr_t bus, size_t size, enum dma_data_direction dir,
+		       unsigned long attrs)
+{
+	odma_unmap(dev, bus, size);
+}
+
+static dma_addr_t map_resource(struct device *dev, phys_addr_t phys, size_t size,
+			       enum dma_data_direction dir, unsigned long attrs)
+{
+	odma_failed(odma_client_of(dev), ODMA_NOT_RAM, phys, size, attrs);
+	return DMA_MAPPING_ERROR;
+}
+
+static void unmap_resource(struct device *dev, dma_addr_t bus, size_t size,
+			   enum dma_data_direction dir, unsigned long attrs)
+{
+	/* Nothing was ever mapped so. */
+	this_cpu_inc(odma_client_of(dev)->counts->unknown);
+}
+#endif
+
+static void *alloc_memory(struct device *dev, size_t size, dma_addr_t *bus, gfp_t gfp, u64 mask,
+			  unsigned long attrs)
+{
+	void *memory;
+
+	size = PAGE_ALIGN(size);
+	/* Where the pages are does not matter: the host picks the bus address. */
+	gfp &= ~(__GFP_DMA | __GFP_DMA32 | __GFP_HIGHMEM | __GFP_COMP);
+	if (attrs & DMA_ATTR_NO_WARN)
+		gfp |= __GFP_NOWARN;
+	memory = alloc_pages_exact(size, gfp | __GFP_ZERO);
+	if (!memory)
+		return NULL;
+	*bus = odma_map(dev, virt_to_phys(memory), size, mask, attrs);
+	if (*bus == DMA_MAPPING_ERROR) {
+		free_pages_exact(memory, size);
+		return NULL;
+	}
+	return memory;
+}
+
+static void free_memory(struct device *dev, size_t size, void *memory, dma_addr_t bus)
+{
+	odma_unmap(dev, bus, PAGE_ALIGN(size));
+	free_pages_exact(memory, PAGE_ALIGN(size));
+}
+
+static void *alloc_coherent(struct device *dev, size_t size, dma_addr_t *bus, gfp_t gfp, unsigned long attrs)
+{
+	return alloc_memory(dev, size, bus, gfp, coherent_mask(dev), attrs);
+}
+
+static void free_coherent(struct device *dev, size_t size, void *memory, dma_addr_t bus, unsigned long attrs)
+{
+	free_memory(dev, size, memory, bus);
+}
+
+static struct page *alloc_pages_for(struct device *dev, size_t size, dma_addr_t *bus,
+				    enum dma_data_direction dir, gfp_t gfp)
+{
+	void *memory = alloc_memory(dev, size, bus, gfp, coherent_mask(dev), 0);
+
+	return memory ? virt_to_page(memory) : NULL;
+}
+
+static void free_pages_of(struct device *dev, size_t size, struct page *page, dma_addr_t bus,
+			  enum dma_data_direction dir)
+{
+	free_memory(dev, size, page_address(page), bus);
+}
+
+static int mmap(struct device *dev, struct vm_area_struct *vma, void *memory, dma_addr_t bus,
+		size_t size, unsigned long attrs)
+{
+	unsigned long pages = PAGE_ALIGN(size) >> PAGE_SHIFT;
+
+	/* The device is coherent, so the memory is mapped as it is everywhere else. */
+	if (vma->vm_pgoff >= pages || vma_pages(vma) > pages - vma->vm_pgoff)
+		return -ENXIO;
+	return remap_pfn_range(vma, vma->vm_start, PHYS_PFN(virt_to_phys(memory)) + vma->vm_pgoff,
+			       vma->vm_end - vma->vm_start, vma->vm_page_prot);
+}
+
+static int get_sgtable(struct device *dev, struct sg_table *table, void *memory, dma_addr_t bus,
+		       size_t size, unsigned long attrs)
+{
+	int error = sg_alloc_table(table, 1, GFP_KERNEL);
+
+	if (!error)
+		sg_set_page(table->sgl, virt_to_page(memory), PAGE_ALIGN(size), 0);
+	return error;
+}
+
+static int dma_supported_by(struct device *dev, u64 mask)
+{
+	/*
+	 * A mask below what the host hands out would fail call by call. One of 32 bits may do all the same: on a Mac that
+	 * says more, all addresses seen were below.
+	 */
+	return mask >= DMA_BIT_MASK(min(odma_client_of(dev)->domain->address_bits, 32u));
+}
+
+static u64 get_required_mask(struct device *dev)
+{
+	return DMA_BIT_MASK(odma_client_of(dev)->domain->address_bits);
+}
+
+static size_t max_mapping_size(struct device *dev)
+{
+	/* A mapping needs one piece of the host's window. One eighth of it can be had while others use the rest. */
+	return max_t(u64, odma_client_of(dev)->domain->limit_bytes / 8, PAGE_SIZE) & PAGE_MASK;
+}
+
+static size_t opt_mapping_size(void)
+{
+	/* A mapping costs the same whatever it measures; the kernel takes the maximum where that is less. */
+	return SIZE_MAX;
+}
+
+static unsigned long get_merge_boundary(struct device *dev)
+{
+	/* Neighbours are merged where the host put them side by side, which nobody can promise. */
+	return 0;
+}
+
+/* No sync operations: the devices are coherent (served.c checks), and having none lets the kernel leave the calls out. */
+const struct dma_map_ops odma_ops = {
+	.alloc = alloc_coherent,
+	.free = free_coherent,
+#ifdef ODMA_HAVE_ALLOC_PAGES_OP
+	.alloc_pages_op = alloc_pages_for,
+#else
+	.alloc_pages = alloc_pages_for,
+#endif
+	.free_pages = free_pages_of,
+	.mmap = mmap,
+	.get_sgtable = get_sgtable,
+#ifdef ODMA_HAVE_MAP_PHYS
+	.map_phys = map_phys,
+	.unmap_phys = unmap_phys,
+#else
+	.map_page = map_page,
+	.unmap_page = unmap_page,
+	.map_resource = map_resource,
+	.unmap_resource = unmap_resource,
+#endif
+	.map_sg = odma_map_sg,
+	.unmap_sg = odma_unmap_sg,
+	.dma_supported = dma_supported_by,
+	.get_required_mask = get_required_mask,
+	.max_mapping_size = max_mapping_size,
+	.opt_mapping_size = opt_mapping_size,
+	.get_merge_boundary = get_merge_boundary,
+};

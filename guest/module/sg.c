@@ -1,0 +1,204 @@
+// SPDX-License-Identifier: GPL-2.0
+/* Scatterlists: one exit however many windows are missing, neighbours on the bus merged. */
+#include "odma.h"
+
+#include <linux/scatterlist.h>
+
+#include "trace.h"
+
+/* A scatterlist for the core, which asks by index. */
+struct walk {
+	struct odma_list list;
+	struct scatterlist *first;
+	struct scatterlist *at;
+	u32 index;
+	/* Where the core last went back to. It goes back to ever later entries, so all its passes together are short. */
+	struct scatterlist *anchor;
+	u32 anchor_index;
+};
+
+static struct scatterlist *seek(struct odma_list *list, u32 index)
+{
+	struct walk *walk = container_of(list, struct walk, list);
+	bool back = index < walk->index;
+
+	if (back && walk->anchor_index <= index) {
+		walk->at = walk->anchor;
+		walk->index = walk->anchor_index;
+	} else if (back) {
+		walk->at = walk->first;
+		walk->index = 0;
+	}
+	for (; walk->index < index; walk->index++)
+		walk->at = sg_next(walk->at);
+	if (back) {
+		walk->anchor = walk->at;
+		walk->anchor_index = index;
+	}
+	return walk->at;
+}
+
+static struct odma_range entry_range(struct odma_list *list, u32 index)
+{
+	struct scatterlist *sg = seek(list, index);
+
+	return (struct odma_range){ .start = sg_phys(sg), .len = sg->length };
+}
+
+static u64 entry_bus(struct odma_list *list, u32 index)
+{
+	return sg_dma_address(seek(list, index));
+}
+
+static void set_entry_bus(struct odma_list *list, u32 index, u64 bus)
+{
+	sg_dma_address(seek(list, index)) = bus;
+}
+
+/* The lock-free way: all entries, or none. */
+static bool hit_all(struct odma_domain *domain, struct scatterlist *first, int nents)
+{
+	struct scatterlist *sg, *undo;
+	int i, j;
+
+	for_each_sg(first, sg, nents, i) {
+		sg_dma_address(sg) = odma_core_hit(domain->core, sg_phys(sg), sg->length);
+		if (unlikely(sg_dma_address(sg) == ODMA_UNRESOLVED)) {
+			for_each_sg(first, undo, i, j)
+				odma_core_release(domain->core, sg_dma_address(undo), undo->length);
+			return false;
+		}
+	}
+	return true;
+}
+
+static int map_all(struct odma_domain *domain, struct scatterlist *first, int nents)
+{
+	struct walk walk = {
+		.list = { .count = nents, .range = entry_range, .bus = entry_bus, .set_bus = set_entry_bus },
+		.first = first, .at = first, .anchor = first,
+	};
+	unsigned long flags;
+	int failure;
+
+	raw_spin_lock_irqsave(&domain->lock, flags);
+	failure = odma_core_map_list(domain->core, &walk.list);
+	raw_spin_unlock_irqrestore(&domain->lock, flags);
+	return failure;
+}
+
+static bool within_mask(struct scatterlist *first, int nents, u64 mask)
+{
+	struct scatterlist *sg;
+	int i;
+
+	for_each_sg(first, sg, nents, i)
+		if (sg_dma_address(sg) + sg->length - 1 > mask)
+			return false;
+	return true;
+}
+
+/* Puts the segments at the front of the list; their number. Writing never overtakes reading. */
+static int merge(struct device *dev, struct scatterlist *first, int nents)
+{
+	u64 most = dma_get_max_seg_size(dev), boundary = dma_get_seg_boundary(dev);
+	struct scatterlist *sg, *out = first;
+	u64 bus = sg_dma_address(first), len = first->length;
+	int i, segments = 1;
+
+	for_each_sg(first, sg, nents, i) {
+		u64 next = sg_dma_address(sg);
+
+		if (i == 0)
+			continue;
+		if (IS_ENABLED(CONFIG_NEED_SG_DMA_LENGTH) && bus + len == next &&
+		    len + sg->length <= most &&
+		    (bus & ~boundary) == ((next + sg->length - 1) & ~boundary)) {
+			len += sg->length;
+			continue;
+		}
+		sg_dma_address(out) = bus;
+		sg_dma_len(out) = len;
+		out = sg_next(out);
+		segments++;
+		bus = next;
+		len = sg->length;
+	}
+	sg_dma_address(out) = bus;
+	sg_dma_len(out) = len;
+	if (segments < nents) {
+		/* Ends the list for those that walk all of it. */
+		out = sg_next(out);
+		sg_dma_address(out) = DMA_MAPPING_ERROR;
+		sg_dma_len(out) = 0;
+	}
+	return segments;
+}
+
+int odma_map_sg(struct device *dev, struct scatterlist *first, int nents, enum dma_data_direction dir,
+		unsigned long attrs)
+{
+	struct odma_client *client = odma_client_of(dev);
+	struct odma_domain *domain = client->domain;
+	struct scatterlist *sg;
+	int i, failure, segments;
+
+	if (nents <= 0)
+		return -EINVAL;
+	if (hit_all(domain, first, nents)) {
+		this_cpu_inc(client->counts->hits);
+	} else {
+		failure = map_all(domain, first, nents);
+		this_cpu_inc(client->counts->misses);
+		if (failure) {
+			odma_failed(client, failure, sg_phys(first), first->length, attrs);
+			return failure == ODMA_NOT_RAM || failure == ODMA_HOST ? -EIO : -ENOMEM;
+		}
+	}
+	if (unlikely(!within_mask(first, nents, odma_mask(dev)))) {
+		for_each_sg(first, sg, nents, i)
+			odma_core_release(domain->core, sg_dma_address(sg), sg->length);
+		this_cpu_inc(client->counts->masked);
+		if (!(attrs & DMA_ATTR_NO_WARN))
+			dev_warn_ratelimited(dev, "DMA mapping of a list is beyond the device's mask %#llx\n",
+					     odma_mask(dev));
+		return -EIO;
+	}
+	this_cpu_add(client->counts->live, nents);
+	if (odma_recording(domain))
+		odma_record_map_sg(domain, first, nents);
+	segments = merge(dev, first, nents);
+	trace_odma_map_sg(dev, nents, segments);
+	return segments;
+}
+
+void odma_unmap_sg(struct device *dev, struct scatterlist *first, int nents,
+		   enum dma_data_direction dir, unsigned long attrs)
+{
+	struct odma_client *client = odma_client_of(dev);
+	struct odma_domain *domain = client->domain;
+	struct scatterlist *sg, *segment = first;
+	u64 bus = 0, left = 0;
+	int i, released = 0;
+
+	if (nents > 0 && odma_recording(domain))
+		odma_record_unmap(domain, sg_dma_address(first), first->length, nents);
+	/* Each entry holds a reference of its own; the merged segments say where it was. */
+	for_each_sg(first, sg, nents, i) {
+		if (!left) {
+			bus = sg_dma_address(segment);
+			left = sg_dma_len(segment);
+			segment = sg_next(segment);
+		}
+		if (left < sg->length || odma_core_release(domain->core, bus, sg->length)) {
+			this_cpu_add(client->counts->unknown, nents - i);
+			dev_warn_ratelimited(dev, "DMA unmapping of a list of %d, entry %d: not mapped so\n", nents, i);
+			break;
+		}
+		bus += sg->length;
+		left -= sg->length;
+		released++;
+	}
+	this_cpu_sub(client->counts->live, released);
+	trace_odma_unmap_sg(dev, nents);
+}
