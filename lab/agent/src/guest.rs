@@ -2,7 +2,7 @@
 
 use crate::mounts;
 use anyhow::{Context, Result};
-use lab_cases::guest::{Guest, say};
+use lab_cases::guest::{Guest, dma, say};
 use lab_cases::protocol::GuestLine;
 use nix::time::{ClockId, clock_gettime};
 
@@ -26,5 +26,7 @@ pub fn init(cmdline: &str) -> Result<()> {
 fn run_half(guest: &mut Guest) -> Result<()> {
     let name = guest.arg("case")?;
     let case = lab_cases::find(name).with_context(|| format!("no case is called '{name}'"))?;
-    (case.guest)(guest)
+    dma::before(guest)?;
+    (case.guest)(guest)?;
+    dma::after(guest)
 }

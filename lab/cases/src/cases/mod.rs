@@ -7,6 +7,7 @@ mod boot;
 mod demo;
 mod devices;
 mod disk;
+mod dma;
 mod hypervisor;
 mod net;
 mod passthrough;
@@ -28,6 +29,7 @@ pub(crate) fn table() -> Vec<Case> {
         net::cases(),
         vsock::cases(),
         passthrough::cases(),
+        dma::cases(),
         bad_input::cases(),
         abuse::cases(),
         bench::cases(),

@@ -1,6 +1,7 @@
 //! What the guest half of a case works with.
 
 pub mod disk;
+pub mod dma;
 pub mod function;
 pub mod input;
 pub mod net;

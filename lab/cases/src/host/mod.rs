@@ -1,6 +1,7 @@
 //! What the host half of a case works with.
 
 mod assigned;
+mod limits;
 mod ports;
 mod serve;
 mod spec;

@@ -1,6 +1,6 @@
 //! A guest to be, and the command line that makes it in either monitor.
 
-use super::{Assigned, AssignedSlot, Dma, SHARE, outboard_path, peer_program};
+use super::{Assigned, AssignedSlot, Dma, SHARE, limits, outboard_path, peer_program};
 use crate::protocol::Vmm;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -184,13 +184,6 @@ impl GuestSpec {
         self
     }
 
-    /// With the devices' drivers and our kernel module, `outboard_dma`, in the initramfs. Only cases named `dma-…` and `bench-dma` may ask; of the kernels,
-    /// [`Kernel::V6_1`] and [`Kernel::V6_12`] have it.
-    pub fn dma_module(mut self) -> Self {
-        self.initrd.set_file_name(INITRD_DMA);
-        self
-    }
-
     /// With more words on the kernel's command line.
     pub fn append(mut self, words: &str) -> Self {
         self.append.push(' ');
@@ -205,9 +198,10 @@ impl GuestSpec {
         spec
     }
 
-    /// With the initramfs that has drivers of devices, and `lspci`; only [`Kernel::V6_12`] has one.
+    /// With the initramfs that has drivers of devices, and `lspci`; only [`Kernel::V6_12`] has one. In cases named `dma-…` it also has our kernel
+    /// module, `outboard_dma`, and [`Kernel::V6_1`] has one too.
     pub fn device_drivers(mut self) -> Self {
-        self.initrd.set_file_name(INITRD_DEVICES);
+        self.initrd.set_file_name(if self.dma == Dma::Identity { INITRD_DEVICES } else { INITRD_DMA });
         self
     }
 
@@ -227,6 +221,9 @@ impl GuestSpec {
 
     fn outboard_command(&self) -> Command {
         let mut command = Command::new(outboard_path());
+        if self.dma != Dma::Identity {
+            limits::like_a_mac(&mut command);
+        }
         command.arg("run").arg("--kernel").arg(&self.kernel).arg("--initrd").arg(&self.initrd);
         command.arg("--append").arg(&self.append);
         command.arg("--cpus").arg(self.cpus.to_string()).arg("--memory").arg(format!("{}M", self.memory_mib));

@@ -1,0 +1,404 @@
+//! The functions that the C half calls, from several threads at once, against a stand-in of the DMA device with the model of a Mac's IOMMU.
+#![allow(unsafe_code, reason = "plays the C half")]
+
+use outboard_abi::{Entry, Op, Status};
+use outboard_dart::{Config as DartConfig, Dart, MapError, Release};
+use outboard_dma_core::ffi::*;
+use std::cell::UnsafeCell;
+use std::ffi::c_void;
+use std::sync::{Mutex, MutexGuard};
+
+const MIB: u64 = 1 << 20;
+const LINES: u32 = 256;
+const RAM: u64 = 64 * MIB;
+
+/// How the stand-in misbehaves.
+#[derive(Clone, Copy, PartialEq)]
+enum Mood {
+    Honest,
+    /// Looks at no batch; this is the queue's status.
+    Batch(Status),
+    /// Refuses each entry so.
+    Entries(Status),
+    /// Writes nothing and says that all is well.
+    Silent,
+    /// Success with addresses that cannot be.
+    Nonsense,
+}
+
+struct Device {
+    dart: Dart,
+    now: u64,
+    queue: Vec<[u8; 64]>,
+    mood: Mood,
+    status: u32,
+    rings: u64,
+    /// What the DART says beyond its limits would have panicked a Mac.
+    probed: bool,
+}
+
+impl Device {
+    fn work(&mut self, count: u32) {
+        self.rings += 1;
+        // An exchange takes a while.
+        self.now += 20;
+        self.status = match self.mood {
+            Mood::Batch(status) => status.code(),
+            _ => Status::Ok.code(),
+        };
+        if matches!(self.mood, Mood::Batch(_) | Mood::Silent) {
+            return;
+        }
+        for index in 0..count as usize {
+            let mut entry = Entry::read(&self.queue[index]);
+            self.one(&mut entry);
+            self.queue[index] = entry.bytes();
+        }
+    }
+
+    fn one(&mut self, entry: &mut Entry) {
+        let status = match (self.mood, Op::from_code(entry.op)) {
+            (Mood::Entries(status), Some(Op::Map)) => status,
+            (Mood::Nonsense, Some(Op::Map)) => {
+                (entry.bus, entry.handle) = (0x1234, 1);
+                Status::Ok
+            }
+            (_, Some(Op::Map)) => match self.dart.map(self.now, entry.address, entry.len) {
+                Ok(mapping) => {
+                    (entry.bus, entry.handle) = (mapping.bus, mapping.handle);
+                    Status::Ok
+                }
+                Err(MapError::Misaligned { .. }) => Status::Misaligned,
+                Err(MapError::Bytes { .. }) => {
+                    self.probed = true;
+                    Status::OutOfBytes
+                }
+                Err(MapError::Entries { .. }) => {
+                    self.probed = true;
+                    Status::OutOfEntries
+                }
+                Err(MapError::Returning { .. }) => Status::Returning,
+                Err(MapError::Fragmented { .. }) => Status::Fragmented,
+            },
+            (_, Some(Op::Unmap)) => match self.dart.unmap(self.now, entry.handle, Release::Driver) {
+                Ok(_) => Status::Ok,
+                Err(_) => Status::NoSuchHandle,
+            },
+            (_, None) => Status::Unknown,
+        };
+        entry.status = status.code();
+    }
+}
+
+/// The C half: a domain and its lock.
+struct Module {
+    core: *const Core,
+    device: Box<UnsafeCell<Device>>,
+    memory: Vec<u64>,
+    lock: Mutex<()>,
+}
+
+// SAFETY: the device is only touched under the lock.
+unsafe impl Sync for Module {}
+
+extern "C" fn ring(context: *mut c_void, count: u32) {
+    // SAFETY: `Module::new` gave the device's address; the lock is held.
+    unsafe { &mut *context.cast::<Device>() }.work(count);
+}
+
+extern "C" fn status(context: *mut c_void) -> u32 {
+    // SAFETY: as above.
+    unsafe { &*context.cast::<Device>() }.status
+}
+
+extern "C" fn pause(context: *mut c_void, microseconds: u32) {
+    // SAFETY: as above.
+    unsafe { &mut *context.cast::<Device>() }.now += u64::from(microseconds);
+}
+
+impl Module {
+    fn new(bytes: u64, entries: u32) -> Self {
+        let dart = DartConfig { last: DartConfig::MAC.first + bytes - 1, bytes, entries, ..DartConfig::MAC };
+        let device = Device {
+            dart: Dart::new(dart).expect("a DART"),
+            now: 0,
+            queue: vec![[0; 64]; LINES as usize],
+            mood: Mood::Honest,
+            status: 0,
+            rings: 0,
+            probed: false,
+        };
+        let device = Box::new(UnsafeCell::new(device));
+        let mut config = config(bytes, entries);
+        // SAFETY: nobody else has it yet.
+        config.queue = unsafe { &mut *device.get() }.queue.as_mut_ptr().cast();
+        config.context = device.get().cast();
+        // SAFETY: a valid configuration.
+        let len = unsafe { odma_core_bytes(&config) };
+        assert!(len > 0);
+        let mut memory = vec![0u64; len as usize / 8 + 1];
+        // SAFETY: `memory` and the queue live as long as the module.
+        let core = unsafe { odma_core_create(&config, memory.as_mut_ptr().cast(), len) };
+        assert!(!core.is_null());
+        Self { core, device, memory, lock: Mutex::new(()) }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, ()> {
+        self.lock.lock().expect("no thread panics")
+    }
+
+    fn device<'l>(&'l self, _: &'l mut MutexGuard<'_, ()>) -> &'l mut Device {
+        // SAFETY: under the lock.
+        unsafe { &mut *self.device.get() }
+    }
+
+    fn map(&self, start: u64, len: u64) -> Result<u64, i32> {
+        // SAFETY: the domain is valid.
+        let hit = unsafe { odma_core_hit(self.core, start, len) };
+        if hit != u64::MAX {
+            return Ok(hit);
+        }
+        let mut bus = 0;
+        let _held = self.lock();
+        // SAFETY: the lock is held.
+        match unsafe { odma_core_map(self.core, start, len, &mut bus) } {
+            0 => Ok(bus),
+            code => Err(code),
+        }
+    }
+
+    fn unmap(&self, bus: u64, len: u64) -> bool {
+        // SAFETY: the domain is valid.
+        unsafe { odma_core_release(self.core, bus, len) == 0 }
+    }
+
+    fn trim(&self) {
+        let _held = self.lock();
+        // SAFETY: the lock is held.
+        while unsafe { odma_core_trim(self.core) } == 1 {}
+    }
+
+    fn stats(&self) -> CoreStats {
+        let _held = self.lock();
+        let mut stats = CoreStats::default();
+        // SAFETY: the lock is held.
+        unsafe { odma_core_stats(self.core, &mut stats) };
+        stats
+    }
+
+    fn windows(&self) -> Vec<CWindow> {
+        let (mut at, mut all) = (0, Vec::new());
+        loop {
+            let mut window = CWindow::default();
+            // SAFETY: the domain is valid.
+            at = unsafe { odma_core_next_window(self.core, at, &mut window) };
+            if at == 0 {
+                return all;
+            }
+            all.push(window);
+        }
+    }
+
+    /// Nothing is mapped, on either side, and nothing counts as mapped.
+    fn is_empty(&self) -> bool {
+        self.trim();
+        let stats = self.stats();
+        let mut held = self.lock();
+        let device = self.device(&mut held);
+        let usage = device.dart.usage(device.now);
+        stats.mapped == 0
+            && stats.mapped_bytes == 0
+            && stats.used == 0
+            && usage.entries == 0
+            && usage.bytes == 0
+    }
+}
+
+fn config(limit_bytes: u64, limit_entries: u32) -> Config {
+    let mut ram = [RamRange::default(); 8];
+    ram[0] = RamRange { start: 1 << 30, len: RAM };
+    Config {
+        limit_bytes,
+        limit_entries,
+        lines: LINES,
+        ram,
+        ram_count: 1,
+        reserved: 0,
+        queue: std::ptr::null_mut(),
+        context: std::ptr::null_mut(),
+        ring,
+        status,
+        pause,
+    }
+}
+
+fn page(number: u64) -> u64 {
+    (1 << 30) + number * 4096
+}
+
+#[test]
+fn what_is_mapped_is_where_the_device_finds_it() {
+    let module = Module::new(16 * MIB, 1024);
+    let bus = module.map(page(5) + 12, 100).expect("maps");
+    assert_eq!(bus % 4096, 12);
+    let again = module.map(page(5), 4096).expect("maps");
+    assert_eq!(again, bus - 12);
+    {
+        let mut held = module.lock();
+        assert_eq!(module.device(&mut held).dart.access(bus, 100), Some(page(5) + 12));
+        assert_eq!(module.device(&mut held).rings, 1, "the second one hit");
+    }
+    assert_eq!(module.windows().iter().map(|w| (w.references, w.live)).max(), Some((2, 4196)));
+    assert!(module.unmap(bus, 100));
+    assert!(!module.unmap(bus, 100), "was unmapped before");
+    assert!(!module.unmap(0x42, 100), "was never mapped");
+    assert!(module.unmap(again, 4096));
+    assert!(module.is_empty());
+}
+
+#[test]
+fn several_threads_under_pressure_leave_nothing_behind() {
+    // An eighth of RAM.
+    let module = Module::new(8 * MIB, 256);
+    let rounds = if cfg!(debug_assertions) { 10_000 } else { 100_000 };
+    let failed: u64 = std::thread::scope(|scope| {
+        let module = &module;
+        let work = |seed: u64| {
+            let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) + 1;
+            let mut random = move |below: u64| {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                (state >> 33) % below
+            };
+            let (mut live, mut failed) = (Vec::new(), 0u64);
+            for _ in 0..rounds {
+                if !live.is_empty() && (live.len() > 80 || random(2) == 0) {
+                    let (bus, start, len): (u64, u64, u64) =
+                        live.swap_remove(random(live.len() as u64) as usize);
+                    if random(16) == 0 {
+                        let mut held = module.lock();
+                        assert_eq!(module.device(&mut held).dart.access(bus, len), Some(start));
+                    }
+                    assert!(module.unmap(bus, len));
+                } else {
+                    let len = 1 + random(3 * 16384);
+                    let start = (1 << 30) + random(RAM - len);
+                    match module.map(start, len) {
+                        Ok(bus) => live.push((bus, start, len)),
+                        Err(_) => failed += 1,
+                    }
+                }
+            }
+            for (bus, _, len) in live {
+                assert!(module.unmap(bus, len));
+            }
+            failed
+        };
+        let threads: Vec<_> = (0..4).map(|seed| scope.spawn(move || work(seed))).collect();
+        threads.into_iter().map(|thread| thread.join().expect("no panic")).sum()
+    });
+    let stats = module.stats();
+    assert_eq!(stats.failures, failed, "each failure is counted");
+    assert_eq!((stats.lost, stats.exchange.refused), (0, 0));
+    assert!(stats.evicted > 0, "there was pressure");
+    assert!(module.is_empty());
+    let mut held = module.lock();
+    let device = module.device(&mut held);
+    assert!(!device.probed, "the DART's limits were never asked beyond");
+    assert_eq!(device.dart.panics(), 0);
+}
+
+#[test]
+fn addresses_on_their_way_back_are_waited_for() {
+    let module = Module::new(MIB, 64);
+    let first = module.map(page(0), MIB).expect("fills everything");
+    assert!(module.unmap(first, MIB));
+    module.trim();
+    let second = module.map(page(1024), MIB).expect("fits once the first has returned");
+    let stats = module.stats();
+    assert!(stats.exchange.waits > 0);
+    assert!(stats.exchange.waits < 40, "10 ms in steps of half a millisecond");
+    assert!(module.unmap(second, MIB));
+    assert!(module.is_empty());
+}
+
+#[test]
+fn refusals_fail_the_call_and_leave_nothing() {
+    use Mood::*;
+    let moods = [
+        (Batch(Status::Busy), 5, Status::Busy.code()),
+        (Batch(Status::BadQueue), 5, Status::BadQueue.code()),
+        (Batch(Status::Off), 5, Status::Off.code()),
+        (Entries(Status::Gone), 5, Status::Gone.code()),
+        (Entries(Status::Fragmented), 4, Status::Fragmented.code()),
+        (Entries(Status::Returning), 4, Status::Returning.code()),
+        (Entries(Status::BadRange), 5, Status::BadRange.code()),
+        (Silent, 5, u32::MAX),
+    ];
+    for (mood, failure, code) in moods {
+        let module = Module::new(4 * MIB, 64);
+        let keep = module.map(page(0), 4096).expect("while it is honest");
+        module.device(&mut module.lock()).mood = mood;
+        assert_eq!(module.map(page(9000), 4096), Err(failure));
+        let stats = module.stats();
+        assert_eq!(stats.failures, 1);
+        assert_eq!(stats.exchange.last_refusal, u64::from(code));
+        module.device(&mut module.lock()).mood = Honest;
+        assert_eq!(
+            module.device(&mut module.lock()).dart.access(keep, 4096),
+            Some(page(0)),
+            "what was mapped stays"
+        );
+        let bus = module.map(page(9000), 4096).expect("works again");
+        assert!(module.unmap(bus, 4096) && module.unmap(keep, 4096));
+        assert!(module.is_empty());
+    }
+}
+
+#[test]
+fn an_impossible_address_is_not_handed_out() {
+    let module = Module::new(4 * MIB, 64);
+    module.device(&mut module.lock()).mood = Mood::Nonsense;
+    assert_eq!(module.map(page(1), 4096), Err(5));
+    assert!(module.stats().lost > 0, "what the host says is mapped stays counted");
+}
+
+#[test]
+fn what_is_not_ram_is_refused_without_asking() {
+    let module = Module::new(4 * MIB, 64);
+    for (start, len) in
+        [(0, 4096), ((1 << 30) + RAM, 4096), ((1 << 30) + RAM - 4096, 8192), (page(1), 0), (u64::MAX, 2)]
+    {
+        assert_eq!(module.map(start, len), Err(1), "{start:#x} {len:#x}");
+    }
+    assert_eq!(module.device(&mut module.lock()).rings, 0);
+    assert!(module.is_empty());
+}
+
+#[test]
+fn limits_fail_the_call_that_exceeds_them_and_pass() {
+    let module = Module::new(MIB, 8);
+    let live: Vec<u64> = (0..8).map(|n| module.map(page(n * 512), 4096).expect("within the limit")).collect();
+    assert_eq!(module.map(page(8 * 512), 4096), Err(3));
+    assert!(module.unmap(live[3], 4096));
+    let bus = module.map(page(8 * 512), 4096).expect("one is free again");
+    assert_eq!(module.map(page(0), 2 * MIB), Err(2));
+    for bus in live.iter().enumerate().filter(|(n, _)| *n != 3).map(|(_, bus)| *bus).chain([bus]) {
+        assert!(module.unmap(bus, 4096));
+    }
+    assert!(module.is_empty());
+}
+
+#[test]
+fn memory_that_is_too_small_or_limits_of_zero_make_no_domain() {
+    let mut config = config(4 * MIB, 64);
+    // SAFETY: valid configurations; no memory is used where it is too small.
+    unsafe {
+        let len = odma_core_bytes(&config);
+        let mut memory = vec![0u64; len as usize / 8];
+        assert!(odma_core_create(&config, memory.as_mut_ptr().cast(), len / 2).is_null());
+        config.limit_entries = 0;
+        assert_eq!(odma_core_bytes(&config), 0);
+        assert!(odma_core_create(&config, memory.as_mut_ptr().cast(), len).is_null());
+    }
+    drop(Module::new(MIB, 4).memory);
+}
