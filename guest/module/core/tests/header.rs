@@ -68,11 +68,7 @@ fn functions_agree() {
         .collect();
     assert!(names.len() > 8);
     for name in &names {
-        assert_eq!(
-            arguments(&header, name),
-            arguments(&ffi, name),
-            "{name}"
-        );
+        assert_eq!(arguments(&header, name), arguments(&ffi, name), "{name}");
     }
     let declared = header.matches("odma_core_").count() - header.matches("struct odma_core_").count();
     assert_eq!(declared, names.len(), "core.h declares exactly these");
