@@ -115,14 +115,14 @@ fn supervise(
     let mut child = spawn_case(case, vmm)?;
     let mut stdin = child.stdin.take().expect("stdin is piped");
     let stdout = child.stdout.take().expect("stdout is piped");
-    let sender = sender.clone();
+    let lines = sender.clone();
     thread::spawn(move || {
         for line in BufReader::new(stdout).lines().map_while(Result::ok) {
-            if sender.send(Input::Event(line)).is_err() {
+            if lines.send(Input::Event(line)).is_err() {
                 return;
             }
         }
-        let _ = sender.send(Input::CaseClosed);
+        let _ = lines.send(Input::CaseClosed);
     });
     let deadline = Instant::now() + limit;
     let mut done = None;
@@ -139,7 +139,7 @@ fn supervise(
             Ok(Input::PortClosed) | Err(RecvTimeoutError::Disconnected) => bail!("the port closed"),
         }
     };
-    let status = clean_up(child, inputs)?;
+    let status = clean_up(child, sender, inputs)?;
     if let Some(line) = done {
         writeln!(events, "{line}").context("cannot write to the port")?;
         return Ok(None);
@@ -170,7 +170,11 @@ fn forward(stdin: &mut ChildStdin, command: &Command) {
 }
 
 /// Kills what the case left behind and empties its scratch.
-fn clean_up(mut child: Child, inputs: &Receiver<Input>) -> Result<std::process::ExitStatus> {
+fn clean_up(
+    mut child: Child,
+    sender: &Sender<Input>,
+    inputs: &Receiver<Input>,
+) -> Result<std::process::ExitStatus> {
     let group = Pid::from_raw(i32::try_from(child.id())?);
     // No such group if every process of it has ended; that is the usual case.
     let _ = killpg(group, Signal::SIGKILL);
@@ -178,7 +182,10 @@ fn clean_up(mut child: Child, inputs: &Receiver<Input>) -> Result<std::process::
     while let Ok(WaitStatus::Exited(..) | WaitStatus::Signaled(..)) =
         waitpid(None, Some(WaitPidFlag::WNOHANG))
     {}
-    while inputs.try_recv().is_ok() {}
+    // The rest of what the case said means nothing any more, but a command that came meanwhile is the next one.
+    let kept: Vec<_> =
+        inputs.try_iter().filter(|i| matches!(i, Input::Command(_) | Input::PortClosed)).collect();
+    kept.into_iter().try_for_each(|input| sender.send(input))?;
     fs::remove_dir_all(WORK).context("cannot empty the scratch")?;
     Ok(status)
 }
