@@ -30,6 +30,8 @@ enum Command {
     Device(control::DeviceArgs),
     /// Replay DMA traces: would they fit a Mac's limits, and with which policy?
     Fit(outboard_fit::Args),
+    /// Record what drivers map for DMA while a command runs, for `outboard fit`. Linux 6.12 or newer, as root.
+    Record(outboard_record::Args),
 }
 
 const EXIT_STATUS: &str = "Exit status:
@@ -49,6 +51,7 @@ fn main() -> ExitCode {
         Command::Status(args) => control::status(&args),
         Command::Device(args) => control::device(&args),
         Command::Fit(args) => fit(&args),
+        Command::Record(args) => record(&args),
     };
     outboard_machine::restore_terminal();
     status
@@ -62,6 +65,17 @@ fn fit(args: &outboard_fit::Args) -> ExitCode {
         Err(error) => {
             eprintln!("outboard: {error}");
             ExitCode::FAILURE
+        }
+    }
+}
+
+/// The command's own status; 125 to 127 where it is ours.
+fn record(args: &outboard_record::Args) -> ExitCode {
+    match outboard_record::run(args) {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => {
+            eprintln!("outboard: {error}");
+            ExitCode::from(error.status())
         }
     }
 }
