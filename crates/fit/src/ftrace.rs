@@ -1,6 +1,6 @@
-//! The kernel's `dma:*` trace events as text (`trace_pipe`, `trace-cmd report`), Linux 6.11 and newer.
+//! The kernel's `dma:*` trace events as text (`outboard record`, `trace_pipe`, `trace-cmd report`), Linux 6.12 and newer.
 //!
-//! The formats are those of `include/trace/events/dma.h`. What it leaves out is filled in: scatterlists beyond 128
+//! The formats are those of `include/trace/events/dma.h`, 6.12 to 7.x. What it leaves out is filled in: scatterlists beyond 128
 //! entries are cut when mapped, but not when unmapped, so tails come from there, one 4 KiB page an entry; `dma_alloc`
 //! gives no physical address, so its bus address stands in (the same where no IOMMU translates).
 
@@ -11,6 +11,8 @@ use crate::read::{ReadError, checked};
 use crate::trace::{Segment, Trace};
 
 const PAGE: u64 = 4096;
+/// `DMA_MAPPING_ERROR`: the bus address of what could not be mapped.
+const FAILED: u64 = u64::MAX;
 
 /// Events read so far, by device.
 #[derive(Default)]
@@ -53,13 +55,14 @@ impl Events {
         match event {
             // Device memory cannot be mapped through the windows (the guest module refuses it); it shows as
             // `map_resource` or by its attribute.
-            "map_page" | "map_phys" if !mmio => {
-                let (bus, size) = bus_and_size()?;
-                device.get().single(at, fields.hex("phys_addr")?, bus, size)
-            }
+            "map_page" | "map_phys" if !mmio => match bus_and_size()? {
+                (FAILED, _) => Ok(()),
+                (bus, size) => device.get().single(at, fields.hex("phys_addr")?, bus, size),
+            },
             "alloc" | "alloc_pages" => match bus_and_size()? {
-                // So a failed allocation shows.
-                (0, _) => Ok(()),
+                // So a failed allocation shows: in newer kernels by its bus address, in 6.12 only by its pointer.
+                (0 | FAILED, _) => Ok(()),
+                _ if fields.hex("virt_addr") == Ok(0) => Ok(()),
                 (bus, size) => device.get().single(at, bus, bus, size.next_multiple_of(PAGE)),
             },
             "free" | "free_pages" => {
@@ -73,7 +76,9 @@ impl Events {
                 Ok(())
             }
             "map_sg" => device.get().list(at, &fields.array("phys_addrs")?, &fields.array("sizes")?),
-            "unmap_sg" => device.get().unmap_list(at, &fields.array("phys_addrs")?),
+            // The size is the whole list's: entries share it.
+            "alloc_sgt" => device.get().list(at, &fields.array("phys_addrs")?, &[fields.decimal("size")?]),
+            "free_sgt" | "unmap_sg" => device.get().unmap_list(at, &fields.array("phys_addrs")?),
             _ => Ok(()),
         }
     }

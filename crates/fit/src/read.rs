@@ -81,7 +81,9 @@ pub fn read(path: &Path, device: Option<&str>) -> Result<Trace, ReadError> {
     let mut lines = Lines { text: BufReader::new(text), path, number: 0, line: String::new() };
     let mut ours = Ours { trace: Trace::new(name(path)), maps: HashMap::new() };
     let mut events = ftrace::Events::default();
+    let mut lost = 0_u64;
     while let Some(line) = lines.next()? {
+        lost = lost.saturating_add(lost_events(line));
         let parsed = match line.split_once(' ').map(|(word, _)| word) {
             Some("m" | "u" | "@") => ours.line(line),
             _ if line.starts_with('#') => Ok(()),
@@ -89,9 +91,24 @@ pub fn read(path: &Path, device: Option<&str>) -> Result<Trace, ReadError> {
         };
         parsed.map_err(|what| lines.error(what))?;
     }
-    let trace =
+    let mut trace =
         if ours.trace.segments.is_empty() { events.finish(path, name(path), device)? } else { ours.trace };
+    trace.lost = lost;
     if trace.segments.is_empty() { Err(ReadError::Empty(path.to_owned())) } else { Ok(trace) }
+}
+
+/// What a line says was lost: `# lost N events` of `outboard record`, `CPU:1 [LOST N EVENTS]` of the kernel (which may not know how
+/// many: `[LOST EVENTS]`).
+fn lost_events(line: &str) -> u64 {
+    if let Some(number) = line.strip_prefix("# lost ").and_then(|rest| rest.strip_suffix(" events")) {
+        return number.parse().unwrap_or(0);
+    }
+    let kernel = line.strip_prefix("CPU:").and_then(|rest| rest.split_once(" [LOST "));
+    match kernel {
+        Some((_, "EVENTS]")) => 1,
+        Some((_, rest)) => rest.strip_suffix(" EVENTS]").and_then(|number| number.parse().ok()).unwrap_or(0),
+        None => u64::from(line.ends_with("[LINE TOO BIG]")),
+    }
 }
 
 /// The file's name without what all traces' names end in.

@@ -28,6 +28,8 @@ pub struct Report {
     pub trace: String,
     /// Under these limits.
     pub limits: Limits,
+    /// Events that the recording lost.
+    pub lost: u64,
     /// One for each policy.
     pub rows: Vec<Row>,
 }
@@ -113,6 +115,13 @@ impl Report {
             text.push_str("  ");
             text.push_str(&verdict(r));
             text.push('\n');
+        }
+        if self.lost > 0 {
+            let _ = writeln!(
+                text,
+                "  the recording lost {} events: these figures are not the whole truth; record again with a larger buffer",
+                self.lost
+            );
         }
         text
     }

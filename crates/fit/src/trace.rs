@@ -42,6 +42,8 @@ pub struct Trace {
     pub segments: Vec<Segment>,
     /// Text of the markers.
     pub markers: Vec<String>,
+    /// Events that the recording says it lost: figures are too low then.
+    pub lost: u64,
 }
 
 impl Trace {

@@ -112,6 +112,29 @@ fn kernel_events_are_read() {
     assert_eq!(shape(&trace), expected);
 }
 
+/// What a driver was refused is not mapped; what was lost is said.
+#[test]
+fn failures_and_losses_of_a_recording() {
+    let text = "\
+a-1 [0] ..... 1.0: dma_map_page: d dir=NONE dma_addr=ffffffffffffffff size=4096 phys_addr=1000 attrs=
+a-1 [0] ..... 2.0: dma_alloc: d dir=NONE dma_addr=5000 size=4096 virt_addr=0000000000000000 flags=GFP_KERNEL attrs=
+a-1 [0] ..... 3.0: dma_alloc_sgt: d dir=NONE dma_addr=0 size=8192 phys_addrs={0x6000,0x9000} flags=GFP_KERNEL attrs=
+CPU:1 [LOST 40 EVENTS]
+a-1 [0] ..... 4.0: dma_free_sgt: d dir=NONE dma_addr=0 size=8192 phys_addrs={0x6000,0x9000}
+a-1 [0] ..... 5.0: dma_map_phys: d dir=TO_DEVICE dma_addr=7000 size=16 phys_addr=7ff8 attrs=
+# lost 2 events
+";
+    let trace = parse(text, None).unwrap();
+    assert_eq!(shape(&trace), ["3000000 m 6000:1000,9000:1000", "4000000 u 0", "5000000 m 7ff8:10"]);
+    assert_eq!(trace.lost, 42);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("lossy.trace");
+    std::fs::write(&path, text).unwrap();
+    let (_, table) = fit(&[path.to_str().unwrap()]);
+    assert!(table.contains("lost 42 events"), "{table}");
+    assert!(!fit(&[data("tiny.trace.xz").to_str().unwrap()]).1.contains("lost"));
+}
+
 #[test]
 fn devices_are_told_apart() {
     let two = EVENTS.to_owned() + &EVENTS.replace("01:00.0", "02:00.0");
