@@ -36,7 +36,7 @@ impl Format {
     }
 }
 
-/// `__data_loc char[] device;	offset:8;	size:4;	signed:0;`
+/// `__data_loc char[] device; offset:8; size:4; signed:0;`
 fn parse_field(text: &str) -> Option<(String, Field)> {
     let mut parts = text.split(';').map(str::trim);
     let declaration = parts.next()?;

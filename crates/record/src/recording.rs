@@ -139,7 +139,7 @@ mod tests {
 
     /// A `dma_free` record of number 5 with bus address `bus`.
     fn event(bus: u32) -> Vec<u32> {
-        vec![6, 5, bus, 4096, 0, 16 << 16 | 24 - 4, u32::from_le_bytes(*b"dev\0")]
+        vec![6, 5, bus, 4096, 0, (16 << 16) | 20, u32::from_le_bytes(*b"dev\0")]
     }
 
     #[test]

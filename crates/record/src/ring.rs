@@ -99,7 +99,7 @@ pub(crate) mod tests {
     /// A page with `words`, starting at time `time`.
     pub(crate) fn page(time: u64, words: &[u32]) -> Vec<u8> {
         let mut page = time.to_le_bytes().to_vec();
-        page.extend((4 * words.len() as u64 | 1 << 31).to_le_bytes());
+        page.extend(((4 * words.len() as u64) | (1 << 31)).to_le_bytes());
         page.extend(words.iter().flat_map(|word| word.to_le_bytes()));
         page.resize(4096, 0xee);
         page

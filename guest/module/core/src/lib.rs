@@ -22,6 +22,7 @@ pub mod domain;
 pub mod exchange;
 pub mod ffi;
 mod memory;
+pub mod quirks;
 
 /// Nothing in here panics: `xtask` refuses a library in which this function is still reachable after the linker has dropped what is not
 /// used. A kernel must have an answer all the same.
