@@ -7,6 +7,7 @@ pub mod console;
 mod device;
 pub mod entropy;
 pub mod net;
+mod pair;
 mod queue;
 mod transport;
 pub mod vsock;

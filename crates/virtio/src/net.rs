@@ -3,8 +3,9 @@
 //! One thread works both queues and the stack, so that a packet changes threads nowhere between the driver and the
 //! host's socket. Frames go up to 64 KiB and carry no checksums where the driver agrees.
 
-use crate::{Activation, QueueError, Request, Stop, VirtioDevice, WorkQueue, Worker};
-use outboard_bus::warn_limited;
+use crate::pair::{Backend, Pair, PairWorker};
+use crate::{Activation, QueueError, Request, Stop, VirtioDevice, WorkQueue};
+use outboard_bus::{Event, warn_limited};
 use outboard_netstack::{Checksum, Frame, MAX_FRAME, NetError, NetOptions, PartialChecksum, Stack, address};
 use std::collections::VecDeque;
 use std::io;
@@ -41,9 +42,7 @@ const BURST: usize = 64;
 pub struct Net {
     name: String,
     mac: [u8; 6],
-    /// The stack, while no worker has it.
-    stack: Option<Box<Stack>>,
-    worker: Option<Worker<Box<Stack>>>,
+    worker: PairWorker<Stack>,
 }
 
 impl Net {
@@ -53,7 +52,7 @@ impl Net {
     /// # Errors
     /// [`NetError`], such as a port in use.
     pub fn new(name: &str, options: &NetOptions) -> Result<Self, NetError> {
-        let stack = Box::new(Stack::new(options)?);
+        let stack = Stack::new(options)?;
         for forward in stack.forwards() {
             tracing::info!(
                 "{name}: {} {} leads to guest port {}",
@@ -62,7 +61,7 @@ impl Net {
                 forward.guest_port
             );
         }
-        Ok(Self { name: name.to_owned(), mac: options.mac, stack: Some(stack), worker: None })
+        Ok(Self { name: name.to_owned(), mac: options.mac, worker: PairWorker::new(stack) })
     }
 }
 
@@ -93,46 +92,36 @@ impl VirtioDevice for Net {
     }
 
     fn activate(&mut self, activation: Activation) -> io::Result<()> {
-        let Activation { memory, features, queues, interrupt } = activation;
-        let Ok([Some(receive), Some(transmit)]) = <[_; 2]>::try_from(queues) else {
-            return Err(io::Error::other("the driver left a queue of the network device disabled"));
-        };
-        let Some(mut stack) = self.stack.take() else {
-            return Err(io::Error::other("the network's thread has ended by an error; restart the VM"));
-        };
-        let doorbells = [&receive.doorbell, &transmit.doorbell];
-        let added = doorbells.into_iter().try_for_each(|doorbell| stack.add_waker(Arc::clone(doorbell)));
-        if let Err(error) = added {
-            stack.reset();
-            self.stack = Some(stack);
-            return Err(error);
-        }
-        stack.offer_partial_checksums(features & feature::GUEST_CSUM != 0);
-        let wake = Arc::clone(&transmit.doorbell);
-        self.worker = Some(Worker::spawn(&self.name, wake, move |stop| {
-            let receive = WorkQueue::new(receive, &memory, Arc::clone(&interrupt));
+        let features = activation.features;
+        self.worker.start(&self.name, activation, move |stack, Pair { receive, transmit }, stop| {
+            stack.offer_partial_checksums(features & feature::GUEST_CSUM != 0);
             let merge = features & feature::MRG_RXBUF != 0;
             let most = if merge { usize::from(receive.size()) } else { 1 };
             let mut card = Card {
-                stack: &mut stack,
+                stack,
                 receive,
-                transmit: WorkQueue::new(transmit, &memory, interrupt),
+                transmit,
                 features,
                 frame: vec![0; HEADER + MAX_FRAME],
                 sent: Request::default(),
                 buffers: ReceiveBuffers { most, ..Default::default() },
             };
             card.run(stop);
-            stack
-        })?);
-        Ok(())
+        })
     }
 
     fn reset(&mut self) {
-        if let Some(mut stack) = self.worker.take().and_then(Worker::stop) {
-            stack.reset();
-            self.stack = Some(stack);
-        }
+        self.worker.stop();
+    }
+}
+
+impl Backend for Stack {
+    fn add_waker(&mut self, event: Arc<Event>) -> io::Result<()> {
+        Self::add_waker(self, event)
+    }
+
+    fn reset(&mut self) {
+        Self::reset(self);
     }
 }
 

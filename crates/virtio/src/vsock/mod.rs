@@ -10,9 +10,10 @@ mod packet;
 
 pub use mux::{MAX_CONNECTIONS, VsockError};
 
-use crate::{Activation, QueueError, Request, Stop, VirtioDevice, WorkQueue, Worker};
+use crate::pair::{Backend, Pair, PairWorker};
+use crate::{Activation, QueueError, Request, Stop, VirtioDevice, WorkQueue};
 use mux::Mux;
-use outboard_bus::warn_limited;
+use outboard_bus::{Event, warn_limited};
 use packet::{HEADER, Header};
 use std::io;
 use std::path::Path;
@@ -36,9 +37,7 @@ const BURST: usize = 64;
 pub struct Vsock {
     name: String,
     guest_cid: u64,
-    /// The host's side, while no worker has it.
-    mux: Option<Box<Mux>>,
-    worker: Option<Worker<Box<Mux>>>,
+    worker: PairWorker<Mux>,
 }
 
 impl Vsock {
@@ -48,8 +47,8 @@ impl Vsock {
     /// # Errors
     /// [`VsockError`]: a path in use, say.
     pub fn new(name: &str, guest_cid: u64, path: &Path) -> Result<Self, VsockError> {
-        let mux = Box::new(Mux::new(guest_cid, path)?);
-        Ok(Self { name: name.to_owned(), guest_cid, mux: Some(mux), worker: None })
+        let mux = Mux::new(guest_cid, path)?;
+        Ok(Self { name: name.to_owned(), guest_cid, worker: PairWorker::new(mux) })
     }
 }
 
@@ -75,43 +74,32 @@ impl VirtioDevice for Vsock {
     }
 
     fn activate(&mut self, activation: Activation) -> io::Result<()> {
-        let Activation { memory, features: _, mut queues, interrupt } = activation;
-        queues.truncate(2);
-        let Ok([Some(receive), Some(transmit)]) = <[_; 2]>::try_from(queues) else {
-            return Err(io::Error::other("the driver left a queue of the socket device disabled"));
-        };
-        let Some(mut mux) = self.mux.take() else {
-            return Err(io::Error::other("the socket device's thread has ended by an error; restart the VM"));
-        };
-        let doorbells = [&receive.doorbell, &transmit.doorbell];
-        let added = doorbells.into_iter().try_for_each(|doorbell| mux.add_waker(Arc::clone(doorbell)));
-        if let Err(error) = added {
-            mux.reset();
-            self.mux = Some(mux);
-            return Err(error);
-        }
-        let wake = Arc::clone(&transmit.doorbell);
-        self.worker = Some(Worker::spawn(&self.name, wake, move |stop| {
+        self.worker.start(&self.name, activation, |mux, Pair { receive, transmit }, stop| {
             let mut port = Port {
-                mux: &mut mux,
-                receive: WorkQueue::new(receive, &memory, Arc::clone(&interrupt)),
-                transmit: WorkQueue::new(transmit, &memory, interrupt),
+                mux,
+                receive,
+                transmit,
                 data: vec![0; MAX_PAYLOAD],
                 sent: Request::default(),
                 buffer: Request::default(),
                 has_buffer: false,
             };
             port.run(stop);
-            mux
-        })?);
-        Ok(())
+        })
     }
 
     fn reset(&mut self) {
-        if let Some(mut mux) = self.worker.take().and_then(Worker::stop) {
-            mux.reset();
-            self.mux = Some(mux);
-        }
+        self.worker.stop();
+    }
+}
+
+impl Backend for Mux {
+    fn add_waker(&mut self, event: Arc<Event>) -> io::Result<()> {
+        Self::add_waker(self, event)
+    }
+
+    fn reset(&mut self) {
+        Self::reset(self);
     }
 }
 
