@@ -1,7 +1,7 @@
 //! Check and build: from a [`MachineSpec`] to a machine that is ready to run.
 
 use crate::console::ConsolePump;
-use crate::devices::{DeviceKind, Functions, Host, KernelDoorbells, open_disks};
+use crate::devices::{DeviceKind, Devices, Functions, Host, KernelDoorbells, open_disks};
 use crate::intx::IntxLines;
 use crate::memory::{self, Ram};
 use crate::passthrough::{Connections, HostSlot, Place};
@@ -101,7 +101,8 @@ impl Machine {
         let options = VmOptions { vcpus: spec.cpus, ipa_bits: space.ipa_bits, vcpu: spec.vcpu };
         let vm = hypervisor.create_vm(&options)?;
         let ram = Ram::new(&vm, &space.ram)?;
-        let gic = vm.create_interrupt_controller(&gic_config())?;
+        let intid_limit = intid_limit(spec, &host.devices);
+        let gic = vm.create_interrupt_controller(&gic_config(intid_limit))?;
         let bus = Arc::new(MmioBus::new());
         let (uart, power_key) = add_board(&bus, &gic)?;
         let root = add_pci(&bus, space)?;
@@ -117,7 +118,7 @@ impl Machine {
             Connections { vm: vm.clone(), gic, msi, lines, kernel_events, events: events.clone() };
         let slots = Slots::plug(host, (spec, first_port), &root, &ram, connections)?;
         tracing::debug!("devices are in place");
-        let loaded = load_guest(spec, inputs, &ram)?;
+        let loaded = load_guest(spec, inputs, &ram, intid_limit)?;
         tracing::debug!("guest is loaded, kernel at {:#x}", loaded.entry);
         let panic_watch = host.panic_watch.clone();
         let console = ConsolePump::start(uart, host.console.clone(), panic_watch, events.clone())?;
@@ -189,13 +190,22 @@ fn kernel_doorbells(vm: &Arc<dyn Vm>) -> Arc<dyn DoorbellBinder> {
     Arc::new(KernelDoorbells(vm.clone()))
 }
 
-fn gic_config() -> GicConfig {
+/// As many interrupts as the devices can use; where a device of the host may come, as many as can be.
+fn intid_limit(spec: &MachineSpec, devices: &Devices) -> u32 {
+    if !spec.devices.is_empty() || spec.spare_ports > 0 {
+        return layout::MAX_INTID_LIMIT;
+    }
+    // One for each queue, one for changes of the configuration.
+    layout::intid_limit(devices.iter().map(|device| device.queue_sizes().len() as u32 + 1).sum())
+}
+
+fn gic_config(intid_limit: u32) -> GicConfig {
     GicConfig {
         distributor: layout::GIC_DISTRIBUTOR,
         redistributors: layout::GIC_REDISTRIBUTORS,
         msi_frame: layout::MSI_FRAME,
-        msi_intids: layout::MSI_INTIDS,
-        intid_limit: layout::INTID_LIMIT,
+        msi_intids: layout::MSI_START..intid_limit,
+        intid_limit,
     }
 }
 
@@ -218,7 +228,7 @@ fn add_pci(bus: &Arc<MmioBus>, space: &AddressSpace) -> Result<Arc<RootComplex>,
 }
 
 /// Kernel, initrd and device tree into guest RAM.
-fn load_guest(spec: &MachineSpec, inputs: &Inputs, ram: &Ram) -> Result<Loaded, Error> {
+fn load_guest(spec: &MachineSpec, inputs: &Inputs, ram: &Ram, intid_limit: u32) -> Result<Loaded, Error> {
     let loaded = boot::load(ram.memory(), &inputs.space.ram, &inputs.kernel, inputs.initrd.as_ref())?;
     let cpus: Vec<u64> = (0..spec.cpus).map(mpidr).collect();
     let mut random = [0; 64];
@@ -226,6 +236,7 @@ fn load_guest(spec: &MachineSpec, inputs: &Inputs, ram: &Ram) -> Result<Loaded, 
     let tree = fdt::build(&Description {
         space: &inputs.space,
         cpus: &cpus,
+        intid_limit,
         command_line: &spec.command_line,
         initrd: loaded.initrd.clone(),
         random,

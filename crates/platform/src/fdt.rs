@@ -12,6 +12,8 @@ pub struct Description<'a> {
     pub space: &'a AddressSpace,
     /// MPIDR affinity of each vCPU.
     pub cpus: &'a [u64],
+    /// One past the last interrupt number; from [`layout::MSI_START`] on they belong to the MSI frame.
+    pub intid_limit: u32,
     /// Kernel command line.
     pub command_line: &'a str,
     /// Initial RAM disk in guest RAM.
@@ -51,7 +53,7 @@ pub fn build(d: &Description<'_>) -> Result<Vec<u8>, FdtError> {
     memory(&mut fdt, d)?;
     cpus(&mut fdt, d.cpus)?;
     psci(&mut fdt)?;
-    interrupt_controller(&mut fdt, d.cpus.len() as u64)?;
+    interrupt_controller(&mut fdt, d.cpus.len() as u64, d.intid_limit)?;
     timer(&mut fdt)?;
     clock(&mut fdt)?;
     serial(&mut fdt)?;
@@ -106,7 +108,7 @@ fn psci(fdt: &mut FdtWriter) -> FdtWriterResult<()> {
     fdt.end_node(node)
 }
 
-fn interrupt_controller(fdt: &mut FdtWriter, cpus: u64) -> FdtWriterResult<()> {
+fn interrupt_controller(fdt: &mut FdtWriter, cpus: u64, intid_limit: u32) -> FdtWriterResult<()> {
     let node = fdt.begin_node(&format!("intc@{:x}", layout::GIC_DISTRIBUTOR))?;
     fdt.property_string("compatible", "arm,gic-v3")?;
     fdt.property_null("interrupt-controller")?;
@@ -127,8 +129,8 @@ fn interrupt_controller(fdt: &mut FdtWriter, cpus: u64) -> FdtWriterResult<()> {
     fdt.property_null("msi-controller")?;
     fdt.property_phandle(PHANDLE_MSI)?;
     fdt.property_array_u64("reg", &[layout::MSI_FRAME, 0x1000])?;
-    fdt.property_u32("arm,msi-base-spi", layout::MSI_INTIDS.start)?;
-    fdt.property_u32("arm,msi-num-spis", layout::MSI_INTIDS.end - layout::MSI_INTIDS.start)?;
+    fdt.property_u32("arm,msi-base-spi", layout::MSI_START)?;
+    fdt.property_u32("arm,msi-num-spis", intid_limit - layout::MSI_START)?;
     fdt.end_node(msi)?;
     fdt.end_node(node)
 }
@@ -259,7 +261,7 @@ mod tests {
     fn describe(command_line: &str, cpus: &[u64]) -> Result<Vec<u8>, FdtError> {
         let space = AddressSpace::new(512 << 20, 40).unwrap();
         let initrd = Some(0x4400_0000..0x4500_0000);
-        build(&Description { space: &space, cpus, command_line, initrd, random: [7; 64] })
+        build(&Description { space: &space, cpus, intid_limit: 96, command_line, initrd, random: [7; 64] })
     }
 
     #[test]
