@@ -10,14 +10,13 @@ mod packet;
 
 pub use mux::{MAX_CONNECTIONS, VsockError};
 
-use crate::pair::{Backend, Pair, PairWorker};
+use crate::pair::{Pair, PairWorker};
 use crate::{Activation, QueueError, Request, Stop, VirtioDevice, WorkQueue};
 use mux::Mux;
-use outboard_bus::{Event, warn_limited};
+use outboard_bus::warn_limited;
 use packet::{HEADER, Header};
 use std::io;
 use std::path::Path;
-use std::sync::Arc;
 
 /// `VIRTIO_VSOCK_F_STREAM`.
 const F_STREAM: u64 = 1 << 0;
@@ -90,16 +89,6 @@ impl VirtioDevice for Vsock {
 
     fn reset(&mut self) {
         self.worker.stop();
-    }
-}
-
-impl Backend for Mux {
-    fn add_waker(&mut self, event: Arc<Event>) -> io::Result<()> {
-        Self::add_waker(self, event)
-    }
-
-    fn reset(&mut self) {
-        Self::reset(self);
     }
 }
 

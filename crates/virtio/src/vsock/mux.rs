@@ -1,5 +1,6 @@
 use super::connection::{BUFFER, Connection, Key, Phase};
 use super::packet::{HOST_CID, Header, STREAM, op};
+use crate::pair::Backend;
 use mio::net::{UnixListener, UnixStream};
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
@@ -68,6 +69,28 @@ pub struct Mux {
     next_check: Option<Instant>,
 }
 
+impl Backend for Mux {
+    fn add_waker(&mut self, event: Arc<Event>) -> io::Result<()> {
+        let fd = event.as_fd().as_raw_fd();
+        self.poll.registry().register(&mut SourceFd(&fd), WAKER, Interest::READABLE)?;
+        self.wakers.push(event);
+        Ok(())
+    }
+
+    /// Ends every connection; goes on listening.
+    fn reset(&mut self) {
+        for event in self.wakers.drain(..) {
+            // Fails only for a descriptor that is not registered.
+            let _ = self.poll.registry().deregister(&mut SourceFd(&event.as_fd().as_raw_fd()));
+        }
+        self.connections.clear();
+        self.by_key.clear();
+        self.queued.clear();
+        self.refusals.clear();
+        self.next_check = None;
+    }
+}
+
 impl Mux {
     /// Listens at `path` for programs that want to reach the guest.
     pub fn new(guest_cid: u64, path: &Path) -> Result<Self, VsockError> {
@@ -94,27 +117,6 @@ impl Mux {
             next_port: FIRST_PORT,
             next_check: None,
         })
-    }
-
-    /// Lets `event` end [`Mux::wait`] too, until [`Mux::reset`].
-    pub fn add_waker(&mut self, event: Arc<Event>) -> io::Result<()> {
-        let fd = event.as_fd().as_raw_fd();
-        self.poll.registry().register(&mut SourceFd(&fd), WAKER, Interest::READABLE)?;
-        self.wakers.push(event);
-        Ok(())
-    }
-
-    /// Ends every connection; goes on listening.
-    pub fn reset(&mut self) {
-        for event in self.wakers.drain(..) {
-            // Fails only for a descriptor that is not registered.
-            let _ = self.poll.registry().deregister(&mut SourceFd(&event.as_fd().as_raw_fd()));
-        }
-        self.connections.clear();
-        self.by_key.clear();
-        self.queued.clear();
-        self.refusals.clear();
-        self.next_check = None;
     }
 
     /// Waits for something to do, and does what concerns the host's side only.
