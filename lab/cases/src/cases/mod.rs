@@ -8,6 +8,7 @@ mod demo;
 mod devices;
 mod disk;
 mod dma;
+mod dma_device;
 mod hypervisor;
 mod net;
 mod passthrough;
@@ -30,6 +31,7 @@ pub(crate) fn table() -> Vec<Case> {
         vsock::cases(),
         passthrough::cases(),
         dma::cases(),
+        dma_device::cases(),
         bad_input::cases(),
         abuse::cases(),
         bench::cases(),

@@ -2,10 +2,13 @@
 
 pub mod disk;
 pub mod dma;
+pub mod dma_device;
 pub mod function;
 pub mod input;
 pub mod net;
+pub mod nvme;
 pub mod pci;
+pub mod published;
 pub mod sound;
 pub mod virtio;
 pub mod vsock;

@@ -106,6 +106,9 @@ pub struct Registers {
     len: usize,
 }
 
+// SAFETY: all access is by volatile reads and writes of whole registers; what threads do to each other there is the device's to bear.
+unsafe impl Sync for Registers {}
+
 impl Registers {
     fn map(file: &File, offset: usize, mapped: usize, start: usize, len: usize) -> Result<Self> {
         let size = NonZeroUsize::new(mapped).context("nothing to map")?;
@@ -114,6 +117,14 @@ impl Registers {
         // SAFETY: a new mapping at an address of the kernel's choice; nothing else knows of it.
         let base = unsafe { mmap(None, size, access, MapFlags::MAP_SHARED, file, offset)? };
         Ok(Self { base: base.cast(), mapped, start, len })
+    }
+
+    /// The first `len` bytes, whole pages, of a BAR of the function with this folder in sysfs.
+    pub fn of_bar(folder: &Path, bar: u8, len: usize) -> Result<Self> {
+        let path = folder.join(format!("resource{bar}"));
+        let file = OpenOptions::new().read(true).write(true).open(&path);
+        let file = file.with_context(|| format!("cannot open {}", path.display()))?;
+        Self::map(&file, 0, len, 0, len).with_context(|| format!("cannot map {}", path.display()))
     }
 
     /// One page of guest-physical memory that is no RAM and belongs to no driver, through `/dev/mem`.
@@ -159,6 +170,9 @@ pub struct DmaPage {
     base: NonNull<u8>,
     address: u64,
 }
+
+// SAFETY: all access is by volatile reads and writes of whole words, which a device makes at the same time as well.
+unsafe impl Sync for DmaPage {}
 
 impl DmaPage {
     /// A page of zeros.

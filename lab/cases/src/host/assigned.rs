@@ -15,6 +15,8 @@ pub enum Dma {
     Identity,
     /// Under a Mac's limits: the guest asks for each mapping.
     Mac,
+    /// The same for a guest without the module, with this layout of the published protocol (`a` or `b`).
+    Bare(&'static str),
 }
 
 /// Names of cases that run with [`Dma::Mac`] begin so.
@@ -31,6 +33,7 @@ impl Dma {
         match self {
             Self::Identity => slot.to_owned(),
             Self::Mac => format!("{slot},dma=mac"),
+            Self::Bare(published) => format!("{slot},dma=mac,published={published}"),
         }
     }
 }

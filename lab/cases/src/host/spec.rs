@@ -205,6 +205,12 @@ impl GuestSpec {
         self
     }
 
+    /// With this way for its devices to find its memory, instead of the one that the case's name asks for.
+    pub fn dma(mut self, dma: Dma) -> Self {
+        self.dma = dma;
+        self
+    }
+
     /// With further arguments for Outboard.
     pub fn extra(mut self, args: &[&str]) -> Self {
         self.extra.extend(args.iter().map(OsString::from));

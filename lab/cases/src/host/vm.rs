@@ -222,10 +222,18 @@ impl RunningVm {
             }
         }
         match self.exit(deadline.saturating_duration_since(Instant::now()).max(Duration::from_secs(10)))? {
-            ExitKind::Code(0) => Ok(()),
+            ExitKind::Code(0) => self.check_mac(),
             other => {
                 bail!("after the guest switched itself off, the monitor ended with {other:?}, not status 0")
             }
+        }
+    }
+
+    /// Fails if the monitor did what would have panicked a Mac.
+    pub fn check_mac(&self) -> Result<()> {
+        match self.stderr().lines().find(|line| line.contains("would have panicked a Mac (number")) {
+            Some(line) => bail!("the monitor made a mistake: {line}"),
+            None => Ok(()),
         }
     }
 
