@@ -80,7 +80,7 @@ impl Companion {
         let limits = domain.limits();
         let attached = self.core.attach(domain, slot);
         if attached {
-            *self.limits() = limits;
+            *self.limits.lock().unwrap_or_else(PoisonError::into_inner) = limits;
         }
         attached
     }
@@ -89,6 +89,11 @@ impl Companion {
     /// gone; where it is not and may still write (`writing`), what is mapped stays, with the memory behind it.
     pub fn detach(&self, writing: bool) {
         self.core.detach(writing, || self.worker.settle());
+    }
+
+    /// What can be mapped.
+    pub fn limits(&self) -> DmaLimits {
+        *self.limits.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What the domain holds, and the mistakes in it that would have panicked a Mac.
@@ -168,10 +173,6 @@ impl Companion {
         let at = at.checked_sub(abi::QUEUE_FIRST)?;
         let index = (at / abi::QUEUE_STRIDE) as usize;
         Some((index, self.queues.get(index)?, at % abi::QUEUE_STRIDE))
-    }
-
-    fn limits(&self) -> MutexGuard<'_, DmaLimits> {
-        self.limits.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn config(&self) -> MutexGuard<'_, ConfigSpace> {

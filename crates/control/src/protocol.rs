@@ -93,6 +93,27 @@ pub struct Slot {
     pub bus: Option<u8>,
     /// The device's functions.
     pub functions: Vec<DeviceFunction>,
+    /// What the guest has asked for, where it has to ask for each mapping.
+    pub dma: Option<DmaCounters>,
+}
+
+/// DMA of a slot whose guest asks for each mapping.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DmaCounters {
+    /// Bytes mapped now.
+    pub bytes: u64,
+    /// Mappings now.
+    pub entries: u64,
+    /// Most bytes.
+    pub limit_bytes: u64,
+    /// Most mappings.
+    pub limit_entries: u32,
+    /// Mappings made since the guest was booted.
+    pub maps: u64,
+    /// Mappings taken down since then.
+    pub unmaps: u64,
+    /// What was done that would have panicked a Mac: each is a bug of Outboard.
+    pub mistakes: u64,
 }
 
 /// How it is with a slot.

@@ -103,6 +103,7 @@ impl Host {
     /// Puts a machine that stands on the board, with what is in its slots.
     pub(crate) fn show(&self, bus: &Arc<MmioBus>, slots: &Slots) {
         self.board.built(bus, slots.ports());
+        self.board.companions(slots.companions());
         for (index, slot) in self.slots.iter().enumerate() {
             if let Some(slot) = slot {
                 self.board.filled(index, slot.selection().to_string(), slot.functions());

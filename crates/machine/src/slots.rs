@@ -12,8 +12,8 @@ use outboard_control::Answer;
 use outboard_host_pci::Selection;
 use outboard_passthrough::Vacated;
 use outboard_pci::{HotPlug, RootComplex, RootPort};
-use std::sync::Arc;
 use std::sync::mpsc::Sender;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 /// After a press of the attention button a guest takes five seconds in which a second one takes it back (PCIe 6.7.1.5): before this is over it
@@ -80,6 +80,11 @@ impl Slots {
     /// The ports and their device numbers.
     pub(crate) fn ports(&self) -> Vec<(u8, Arc<RootPort>)> {
         self.ports.iter().map(|port| (port.device, port.port.clone())).collect()
+    }
+
+    /// The ports' DMA devices.
+    pub(crate) fn companions(&self) -> Vec<Option<Weak<Companion>>> {
+        self.ports.iter().map(|port| port.companion.as_ref().map(Arc::downgrade)).collect()
     }
 
     /// Puts `slot` behind a free port of the running guest. Returns the port's index.

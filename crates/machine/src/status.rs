@@ -2,13 +2,14 @@
 
 use crate::MachineSpec;
 use outboard_bus::MmioBus;
+use outboard_companion::Companion;
 use outboard_control::{
-    Counters, DeviceFunction, Disk, GuestState, Name, Network, Slot, SlotState, VmStatus,
+    Counters, DeviceFunction, Disk, DmaCounters, GuestState, Name, Network, Slot, SlotState, VmStatus,
 };
 use outboard_host_pci::HostFunction;
 use outboard_passthrough::{Loss, Vacated};
 use outboard_pci::RootPort;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::Instant;
 
 /// The status of a VM. Nothing is called under its lock that could wait.
@@ -21,6 +22,8 @@ struct State {
     /// What changes rarely; `uptime_s`, `counters` and parts of `slots` are filled in when it is read.
     status: VmStatus,
     live: Option<Live>,
+    /// DMA devices by slot. Weak: they go with their machine.
+    companions: Vec<Option<Weak<Companion>>>,
 }
 
 /// What a machine that stands can be asked.
@@ -48,7 +51,10 @@ impl Board {
             networks: spec.nets.iter().map(network).collect(),
             ..Default::default()
         };
-        Self { started: Instant::now(), state: Mutex::new(State { status, live: None }) }
+        Self {
+            started: Instant::now(),
+            state: Mutex::new(State { status, live: None, companions: Vec::new() }),
+        }
     }
 
     pub(crate) fn set_name(&self, name: &Name) {
@@ -70,6 +76,11 @@ impl Board {
         }
         state.live =
             Some(Live { bus: bus.clone(), ports: ports.into_iter().map(|(_, port)| port).collect() });
+    }
+
+    /// The DMA devices of the machine that stands, for each slot that has one.
+    pub(crate) fn companions(&self, companions: Vec<Option<Weak<Companion>>>) {
+        self.lock().companions = companions;
     }
 
     /// The machine is being taken apart: nothing of it is held from here on.
@@ -137,6 +148,16 @@ impl Board {
 
     /// How it is now.
     pub(crate) fn read(&self) -> VmStatus {
+        let mut status = self.read_board();
+        let companions = self.lock().companions.clone();
+        // Not under the lock: this may wait for a mapping that is being made.
+        for (slot, companion) in status.slots.iter_mut().zip(companions) {
+            slot.dma = companion.and_then(|companion| companion.upgrade()).map(|c| counters(&c));
+        }
+        status
+    }
+
+    fn read_board(&self) -> VmStatus {
         let state = self.lock();
         let mut status = state.status.clone();
         status.uptime_s = self.started.elapsed().as_secs();
@@ -162,6 +183,19 @@ impl Board {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+fn counters(companion: &Companion) -> DmaCounters {
+    let (usage, limits, (maps, unmaps)) = (companion.usage(), companion.limits(), companion.counts());
+    DmaCounters {
+        bytes: usage.bytes,
+        entries: usage.entries.into(),
+        limit_bytes: limits.bytes,
+        limit_entries: limits.entries,
+        maps,
+        unmaps,
+        mistakes: usage.mistakes,
     }
 }
 

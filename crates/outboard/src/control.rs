@@ -185,7 +185,7 @@ fn paragraph(status: &VmStatus) -> String {
 }
 
 fn slot_lines(slot: &Slot) -> String {
-    let Slot { port, device, state, why, bus, functions } = slot;
+    let Slot { port, device, state, why, bus, functions, dma } = slot;
     let state = match state {
         SlotState::Empty => "free",
         SlotState::On => "in the guest",
@@ -211,6 +211,25 @@ fn slot_lines(slot: &Slot) -> String {
         }
         text += "\n";
     }
+    if let Some(dma) = dma {
+        let _ = writeln!(
+            text,
+            "    DMA: {} of {} KiB in {} of {} mappings; {} made, {} taken down",
+            dma.bytes >> 10,
+            dma.limit_bytes >> 10,
+            dma.entries,
+            dma.limit_entries,
+            dma.maps,
+            dma.unmaps
+        );
+        if dma.mistakes > 0 {
+            let _ = writeln!(
+                text,
+                "    {} mistakes that would have panicked a Mac; please report it, with the log",
+                dma.mistakes
+            );
+        }
+    }
     text
 }
 
@@ -222,7 +241,7 @@ fn text(error: Error) -> String {
 mod tests {
     use super::*;
     use clap::Parser;
-    use outboard_control::{Counters, DeviceFunction};
+    use outboard_control::{Counters, DeviceFunction, DmaCounters};
 
     #[derive(Parser)]
     struct Cli {
@@ -259,6 +278,7 @@ mod tests {
             why: Some("it was unplugged".into()),
             bus: Some(1),
             functions: vec![function],
+            dma: Some(DmaCounters { bytes: 32 << 10, entries: 2, mistakes: 1, ..Default::default() }),
         };
         let status = VmStatus {
             name: "vm1".into(),
@@ -270,6 +290,7 @@ mod tests {
         assert!(text.contains("port 00:02.0  0000:01:00 gone: it was unplugged"), "{text}");
         assert!(text.contains("0000:01:00.0 [1b36:0010] class 010802, lost: it was unplugged"), "{text}");
         assert!(text.contains("port 00:03.0  free"), "{text}");
+        assert!(text.contains("32 of 0 KiB in 2 of 0 mappings") && text.contains("1 mistakes"), "{text}");
     }
 
     #[test]
