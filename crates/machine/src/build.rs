@@ -5,6 +5,7 @@ use crate::devices::{DeviceKind, Devices, Functions, Host, KernelDoorbells, open
 use crate::intx::IntxLines;
 use crate::memory::{self, Ram};
 use crate::passthrough::{Connections, HostSlot, Place};
+use crate::room;
 use crate::run::{EventSender, MachineEvent};
 use crate::slots::{Reply, Slots};
 use crate::vcpus::{Entry, Reporter, Vcpus};
@@ -61,6 +62,11 @@ impl Inputs {
         if spec.console == ConsoleTarget::Stdio && spec.virtio_console == ConsoleTarget::Stdio {
             return Err(Error::TwoOnTerminal);
         }
+        for (index, device) in spec.devices.iter().enumerate() {
+            if spec.devices[..index].iter().any(|other| other.selection == device.selection) {
+                return Err(Error::DeviceTwice(device.selection));
+            }
+        }
         let ports = Place::all(spec, 1);
         let companions = ports.iter().filter(|place| place.companion.is_some()).count();
         let devices = DeviceKind::list(spec).len() + ports.len() + companions;
@@ -116,6 +122,7 @@ impl Machine {
         let events = events.clone();
         let connections =
             Connections { vm: vm.clone(), gic, msi, lines, kernel_events, events: events.clone() };
+        room::check(host.slots.iter().flatten().map(HostSlot::functions), space)?;
         let slots = Slots::plug(host, (spec, first_port), &root, &ram, connections)?;
         tracing::debug!("devices are in place");
         let loaded = load_guest(spec, inputs, &ram, intid_limit)?;

@@ -86,6 +86,28 @@ pub enum Error {
     /// A device of the host is not what a guest could have.
     #[error(transparent)]
     Passthrough(#[from] outboard_passthrough::Error),
+    /// A device's BARs find no room in the guest.
+    #[error(
+        "{address}: its BAR {bar} has {len_mib} MiB, and all devices together need {need_mib} MiB of the guest's {window} PCIe window, which has \
+         {size_mib}: give the guest fewer devices, or make a resizable BAR smaller (Linux: /sys/bus/pci/devices/{address}/resource{bar}_resize)"
+    )]
+    Room {
+        /// The function with the largest BAR.
+        address: outboard_host_pci::PciAddress,
+        /// Index of that BAR.
+        bar: usize,
+        /// Its size in MiB.
+        len_mib: u64,
+        /// What all devices need of the window, in MiB.
+        need_mib: u64,
+        /// Which window.
+        window: &'static str,
+        /// Its size in MiB.
+        size_mib: u64,
+    },
+    /// A device is given twice.
+    #[error("{0} is given twice; leave one --device out")]
+    DeviceTwice(outboard_host_pci::Selection),
     /// Two consoles on one terminal.
     #[error(
         "both consoles are to use the terminal; give --console or --virtio-console a file or a socket, or none"

@@ -10,6 +10,7 @@ mod intx;
 mod memory;
 mod passthrough;
 mod plan;
+mod room;
 mod run;
 mod signals;
 mod slots;

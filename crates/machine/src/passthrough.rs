@@ -34,14 +34,24 @@ impl HostSlot {
     ///
     /// # Errors
     /// [`Refusal`]: why it cannot be given to a guest, and what to do.
-    #[cfg(target_os = "linux")]
     pub(crate) fn open(spec: DeviceSpec) -> Result<Self, Refusal> {
+        match spec.simulated {
+            Some(kind) => {
+                let (functions, domain) = kind.open(spec.dma)?;
+                Ok(Self { spec, functions, domain })
+            }
+            None => Self::open_host(spec),
+        }
+    }
+
+    #[cfg(target_os = "linux")]
+    fn open_host(spec: DeviceSpec) -> Result<Self, Refusal> {
         let opened = outboard_host_pci::host::Host::this()?.open_slot(spec.selection, spec.dma)?;
         Ok(Self { spec, functions: opened.functions, domain: opened.domain })
     }
 
     #[cfg(not(target_os = "linux"))]
-    pub(crate) fn open(_: DeviceSpec) -> Result<Self, Refusal> {
+    fn open_host(_: DeviceSpec) -> Result<Self, Refusal> {
         Err(Refusal::NotYet)
     }
 

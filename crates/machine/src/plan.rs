@@ -69,7 +69,10 @@ impl fmt::Display for Plan<'_> {
                 }
             }
             match device {
-                Some(device) => writeln!(f, "  00:{port:02x}.0  root port with the host's {device}")?,
+                Some(device) => {
+                    let whose = if device.simulated.is_some() { "a simulated device," } else { "the host's" };
+                    writeln!(f, "  00:{port:02x}.0  root port with {whose} {device}")?;
+                }
                 None => writeln!(f, "  00:{port:02x}.0  root port, free")?,
             }
         }

@@ -1,6 +1,7 @@
 use crate::ConsoleTarget;
 use outboard_abi::published::Layout;
 use outboard_dart::Config;
+use outboard_host_pci::simulated::SimulatedKind;
 use outboard_host_pci::{DmaPolicy, Selection};
 use outboard_hypervisor::VcpuOptions;
 use outboard_netstack::NetOptions;
@@ -93,8 +94,10 @@ impl fmt::Display for DiskSpec {
 /// [,published=a|b|off]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DeviceSpec {
-    /// Slot or function of the host.
+    /// Slot or function of the host; of a simulated device, where it pretends to be.
     pub selection: Selection,
+    /// It is made of software, to see what a guest makes of it: `simulated:NAME` in place of an address.
+    pub simulated: Option<SimulatedKind>,
     /// Who chooses where it finds memory.
     pub dma: DmaPolicy,
     /// The layout in which the DMA device also speaks the published protocol; `None` for not at all. Means nothing without a DMA device.
@@ -103,7 +106,13 @@ pub struct DeviceSpec {
 
 impl From<Selection> for DeviceSpec {
     fn from(selection: Selection) -> Self {
-        Self { selection, dma: DmaPolicy::default(), published: Some(Layout::A) }
+        Self { selection, simulated: None, dma: DmaPolicy::default(), published: Some(Layout::A) }
+    }
+}
+
+impl From<SimulatedKind> for DeviceSpec {
+    fn from(kind: SimulatedKind) -> Self {
+        Self { simulated: Some(kind), ..Self::from(kind.slot()) }
     }
 }
 
@@ -112,8 +121,11 @@ impl FromStr for DeviceSpec {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let mut parts = text.split(',');
-        let selection: Selection = parts.next().unwrap_or_default().parse().map_err(|e| format!("{e}"))?;
-        let mut spec = Self::from(selection);
+        let name = parts.next().unwrap_or_default();
+        let mut spec = match name.strip_prefix("simulated:") {
+            Some(kind) => Self::from(kind.parse::<SimulatedKind>()?),
+            None => Self::from(name.parse::<Selection>().map_err(|e| format!("{e}"))?),
+        };
         let (mut bytes, mut entries, mut published) = (None, None, None);
         for part in parts {
             match part.split_once('=') {
@@ -258,6 +270,7 @@ mod tests {
         assert_eq!(small.published, Some(Layout::B));
         assert!(small.to_string().contains("24 MiB in 666 mappings"), "{small}");
         assert_eq!(parse("01:00,dma=mac,published=off").unwrap().published, None);
+        assert_eq!(parse("simulated:rtx5090,dma=mac").unwrap().simulated, Some(SimulatedKind::Rtx5090));
         for text in [
             "",
             "xx",
@@ -269,6 +282,7 @@ mod tests {
             "01:00,dma=identity,limit-bytes=24M",
             "01:00,dma=mac,published=c",
             "01:00,nonsense",
+            "simulated:gpu",
         ] {
             assert!(parse(text).is_err(), "{text}");
         }

@@ -66,6 +66,9 @@ pub struct RunArgs {
     ///
     /// With dma=mac the device reaches only the memory that the guest asks for, within a Mac's limits or smaller ones: the guest needs the
     /// outboard_dma module. dma=identity, where the host can do it, maps all of the guest's memory.
+    ///
+    /// For development, simulated:NAME in place of an address is a device made of software: endpoint, rtx5090 (what a GeForce RTX 5090 looks
+    /// like from outside), large-bar.
     #[arg(
         long = "device",
         value_name = "BUS:DEVICE[.FUNCTION][,dma=identity|mac][,limit-bytes=SIZE][,limit-entries=N][,published=a|b|off]"

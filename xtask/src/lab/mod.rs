@@ -1,6 +1,7 @@
 //! `cargo xtask lab`: an emulated arm64 host, Outboard in it, a guest in that.
 
 mod devices;
+mod devicetree;
 mod formats;
 mod images;
 mod libraries;

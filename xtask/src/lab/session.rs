@@ -1,7 +1,7 @@
 //! The emulated host: a QEMU process, its command channel, its console.
 
-use super::devices;
 use super::images::HostImages;
+use super::{devices, devicetree};
 use crate::paths::Paths;
 use crate::process;
 use anyhow::{Context, Result, bail};
@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 /// Most time until the emulated host takes commands: 7 s on an idle machine.
 const START_LIMIT: Duration = Duration::from_secs(180);
+const MACHINE: &str = "virt,gic-version=3,virtualization=on,iommu=smmuv3";
 /// Memory of the emulated host in MiB: a guest of 2 GiB, disk images in memory, and room; half of a machine with 8 GB.
 const MEMORY_MIB: u32 = 4096;
 
@@ -127,23 +128,27 @@ impl Drop for Session {
     }
 }
 
+/// The emulator with all that its device tree depends on, but for the machine itself.
+fn board() -> Command {
+    let mut command = Command::new("qemu-system-aarch64");
+    // pmu=off: in Debian's 6.12, KVM's use of the emulated counters ended in a kernel oops (perf_ctx_sched_task_cb).
+    // pauth-impdef: with the architected algorithm, pointer authentication makes emulation several times slower.
+    command.args(["-cpu", "max,pauth-impdef=on,pmu=off"]);
+    command.args(["-accel", "tcg,thread=multi,tb-size=512", "-smp", "2", "-m"]).arg(MEMORY_MIB.to_string());
+    command.args(["-nodefaults", "-display", "none"]);
+    command
+}
+
 fn emulator(paths: &Paths, images: &HostImages, console: &Path) -> Result<Command> {
     let share = |folder: PathBuf, tag: &str, more: &str| -> Result<String> {
         let path =
             folder.to_str().context("the clone's path is not valid UTF-8; move it")?.replace(',', ",,");
         Ok(format!("local,path={path},mount_tag={tag},security_model=none{more}"))
     };
-    let mut command = Command::new("qemu-system-aarch64");
-    // pmu=off: in Debian's 6.12, KVM's use of the emulated counters ended in a kernel oops (perf_ctx_sched_task_cb).
-    // pauth-impdef: with the architected algorithm, pointer authentication makes emulation several times slower.
-    command.args([
-        "-M",
-        "virt,gic-version=3,virtualization=on,iommu=smmuv3",
-        "-cpu",
-        "max,pauth-impdef=on,pmu=off",
-    ]);
-    command.args(["-accel", "tcg,thread=multi,tb-size=512", "-smp", "2", "-m"]).arg(MEMORY_MIB.to_string());
-    command.args(["-nodefaults", "-display", "none", "-no-reboot"]);
+    let dtb = devicetree::prepare(paths, board(), MACHINE)?;
+    let mut command = board();
+    command.args(["-M", MACHINE]).arg("-dtb").arg(dtb);
+    command.arg("-no-reboot");
     command.arg("-serial").arg(format!("file:{}", console.display()));
     command.args(["-chardev", "stdio,id=lab,signal=off", "-device", "virtio-serial-pci"]);
     command.arg("-device").arg(format!("virtserialport,chardev=lab,name={PORT}"));

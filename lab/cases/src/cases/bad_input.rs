@@ -13,15 +13,15 @@ use std::time::{Duration, Instant};
 /// Most time until a refusal.
 const LIMIT: Duration = Duration::from_secs(60);
 /// A status of `outboard --help`: it could not run, the command line was wrong.
-const CANNOT: ExitKind = ExitKind::Code(1);
-const USAGE: ExitKind = ExitKind::Code(2);
+pub(super) const CANNOT: ExitKind = ExitKind::Code(1);
+pub(super) const USAGE: ExitKind = ExitKind::Code(2);
 
 /// A mistake: its name, what is put on the command line in place of something good, what the message must contain.
-struct Mistake {
-    name: &'static str,
-    args: Vec<String>,
-    status: ExitKind,
-    says: Vec<&'static str>,
+pub(super) struct Mistake {
+    pub(super) name: &'static str,
+    pub(super) args: Vec<String>,
+    pub(super) status: ExitKind,
+    pub(super) says: Vec<&'static str>,
 }
 
 pub(super) fn cases() -> Vec<Case> {
@@ -123,7 +123,7 @@ fn make_corrupt_zboot(host: &Host) -> Result<String> {
     Ok(path.display().to_string())
 }
 
-fn try_it(mistake: &Mistake) -> Result<()> {
+pub(super) fn try_it(mistake: &Mistake) -> Result<()> {
     let before = left_behind()?;
     let mut command = Command::new(outboard_path());
     command.arg("run").arg("--headless");

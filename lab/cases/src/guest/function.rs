@@ -2,7 +2,8 @@
 
 use super::wait_for;
 use anyhow::{Context, Result, ensure};
-use std::fs;
+use std::fs::{self, OpenOptions};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -50,6 +51,16 @@ impl GuestFunction {
     pub fn number(&self) -> Result<u8> {
         let number = self.address.rsplit('.').next().unwrap_or_default();
         number.parse().with_context(|| format!("{} has no function number", self.address))
+    }
+
+    /// Turns memory decoding on, which a driver would do.
+    pub fn enable_memory(&self) -> Result<()> {
+        let path = self.folder().join("config");
+        let config = OpenOptions::new().read(true).write(true).open(&path)?;
+        let mut command = [0; 2];
+        config.read_exact_at(&mut command, 4)?;
+        command[0] |= 0b010;
+        config.write_all_at(&command, 4).with_context(|| format!("cannot write {}", path.display()))
     }
 
     /// Waits until `driver` has it.

@@ -1,5 +1,6 @@
 //! What the guest half of a case works with.
 
+pub mod config;
 pub mod disk;
 pub mod dma;
 pub mod dma_device;

@@ -108,6 +108,8 @@ pub struct Registers {
 
 // SAFETY: all access is by volatile reads and writes of whole registers; what threads do to each other there is the device's to bear.
 unsafe impl Sync for Registers {}
+// SAFETY: an address and a length; what is there is only accessed volatile, as registers that anybody may change.
+unsafe impl Send for Registers {}
 
 impl Registers {
     fn map(file: &File, offset: usize, mapped: usize, start: usize, len: usize) -> Result<Self> {

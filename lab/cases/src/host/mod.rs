@@ -35,7 +35,7 @@ pub const WORK: &str = "/run/case";
 pub const MODULES: [&str; 6] =
     ["virtio_pci", "virtio_console", "9p", "9pnet_virtio", "vfio_iommu_type1", "vfio_pci"];
 /// Modules that host halves may ask for: the network between host and guest, the host's own drivers of what guests get.
-pub const CASE_MODULES: [&str; 2] = ["virtio_net", "nvme"];
+pub const CASE_MODULES: [&str; 3] = ["virtio_net", "nvme", "ahci"];
 
 /// The emulated host, as a case sees it.
 pub struct Host {

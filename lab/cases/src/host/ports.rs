@@ -18,15 +18,23 @@ pub enum Port {
     Sound,
     /// Two functions of one slot: a SATA controller and a sound controller, which can only be reset together.
     Several,
+    /// A network card that the SMMU does not cover. The last bus.
+    Unprotected,
 }
 
 impl Port {
     /// All of them.
-    pub const ALL: [Self; 6] = [Self::Nvme, Self::Network, Self::Usb, Self::Sata, Self::Sound, Self::Several];
+    pub const ALL: [Self; 7] =
+        [Self::Nvme, Self::Network, Self::Usb, Self::Sata, Self::Sound, Self::Several, Self::Unprotected];
 
     /// Its device number on bus 0.
     pub const fn device(self) -> u8 {
         0x10 + self as u8
+    }
+
+    /// Number of the bus behind it: the emulated host's kernel numbers them in the order of the ports.
+    pub const fn bus(self) -> u8 {
+        1 + self as u8
     }
 
     /// Its name on the emulator's command line.
@@ -38,6 +46,7 @@ impl Port {
             Self::Sata => "sata-port",
             Self::Sound => "sound-port",
             Self::Several => "several-port",
+            Self::Unprotected => "unprotected-port",
         }
     }
 

@@ -2,8 +2,11 @@
 //!
 //! Every case works with any [`Dma`]: which, its name says.
 
+mod abuse;
+mod errors;
 mod network;
 mod reboot;
+mod rtx5090;
 mod several;
 mod sound;
 mod storage;
@@ -26,7 +29,16 @@ mod class {
 }
 
 pub(super) fn cases() -> Vec<Case> {
-    let groups = [storage::cases(), network::cases(), sound::cases(), several::cases(), reboot::cases()];
+    let groups = [
+        storage::cases(),
+        network::cases(),
+        sound::cases(),
+        several::cases(),
+        reboot::cases(),
+        rtx5090::cases(),
+        errors::cases(),
+        abuse::cases(),
+    ];
     groups.into_iter().flatten().collect()
 }
 

@@ -5,7 +5,7 @@ use crate::case::Case;
 use crate::data::Pattern;
 use crate::guest::function::GuestFunction;
 use crate::guest::{Guest, busybox, net, wait_for};
-use crate::host::{Host, Port, RunningVm, driver_of, web_server};
+use crate::host::{Host, Port, RunningVm, web_server};
 use anyhow::{Context, Result, ensure};
 use std::fs;
 use std::net::Ipv4Addr;
@@ -30,11 +30,10 @@ pub(super) fn cases() -> Vec<Case> {
 }
 
 fn host(host: &Host) -> Result<Option<String>> {
-    let port = host_end(host)?;
     one_guest(
         host,
         &[Port::Network],
-        |spec| spec.arg("port", port).arg("len", LARGE),
+        |spec| spec.arg("len", LARGE),
         |vm| {
             both_ways(host, vm, LARGE)?;
             positive(vm, "interrupts").map(drop)
@@ -42,24 +41,52 @@ fn host(host: &Host) -> Result<Option<String>> {
     )
 }
 
-/// Sets up the emulated host's end of the wire and a web server there; its port.
-pub(super) fn host_end(host: &Host) -> Result<u16> {
-    host.need("virtio_net")?;
-    let card = wait_for("network card of the emulated host", Duration::from_secs(20), || {
-        let cards = fs::read_dir("/sys/class/net").ok()?.flatten();
-        cards.filter_map(|entry| entry.file_name().into_string().ok()).find(|name| {
-            let driver = fs::read_link(format!("/sys/class/net/{name}/device/driver"));
-            driver.is_ok_and(|link| link.ends_with("virtio_net"))
-        })
-    })?;
-    busybox(&["ip", "addr", "flush", "dev", &card])?;
-    busybox(&["ip", "addr", "add", &format!("{HOST}/24"), "dev", &card])?;
-    busybox(&["ip", "link", "set", &card, "up"])?;
-    Ok(web_server(HOST, 0)?.port())
+/// The emulated host's end of the wire, with an address. It is up only while the other end is: what is sent to a card that is not set up stays
+/// in the wire and blocks the sender.
+pub(super) struct Wire {
+    card: String,
+}
+
+impl Wire {
+    pub(super) fn up(host: &Host) -> Result<Self> {
+        host.need("virtio_net")?;
+        let card = wait_for("network card of the emulated host", Duration::from_secs(20), || {
+            let cards = fs::read_dir("/sys/class/net").ok()?.flatten();
+            cards.filter_map(|entry| entry.file_name().into_string().ok()).find(|name| {
+                let driver = fs::read_link(format!("/sys/class/net/{name}/device/driver"));
+                driver.is_ok_and(|link| link.ends_with("virtio_net"))
+            })
+        })?;
+        let wire = Self { card };
+        busybox(&["ip", "addr", "add", &format!("{HOST}/24"), "dev", &wire.card])?;
+        busybox(&["ip", "link", "set", &wire.card, "up"])?;
+        Ok(wire)
+    }
+
+    /// The PCI function of the card.
+    pub(super) fn function(&self) -> Result<String> {
+        // The virtio device is below it.
+        let device = fs::canonicalize(format!("/sys/class/net/{}/device/..", self.card))?;
+        device
+            .file_name()
+            .and_then(|name| Some(name.to_str()?.to_owned()))
+            .context("the card is no PCI function")
+    }
+}
+
+impl Drop for Wire {
+    fn drop(&mut self) {
+        // A failure here shows in the next case that needs the wire.
+        let _ = busybox(&["ip", "link", "set", &self.card, "down"]);
+        let _ = busybox(&["ip", "addr", "flush", "dev", &self.card]);
+    }
 }
 
 /// Waits for the guest's checksum of `len` bytes from here, and fetches as many from there.
 pub(super) fn both_ways(host: &Host, vm: &mut RunningVm, len: u64) -> Result<()> {
+    vm.note("card", STEP)?;
+    let wire = Wire::up(host)?;
+    vm.type_text(&format!("{}\n", web_server(HOST, 0)?.port()))?;
     let seen = vm.note("downloaded", STEP)?;
     ensure!(seen == DOWN.sha256(len).as_str(), "the guest's checksum of what the host sent is {seen}");
     vm.note("serving", STEP)?;
@@ -67,6 +94,7 @@ pub(super) fn both_ways(host: &Host, vm: &mut RunningVm, len: u64) -> Result<()>
     let sum = net::download(&GUEST.to_string(), GUEST_PORT, UP.0, len)?;
     host.log(format!("{} MiB from the guest in {:.1} s", len >> 20, start.elapsed().as_secs_f64()));
     ensure!(sum == UP.sha256(len), "the checksum of what the guest sent is {sum}");
+    drop(wire);
     vm.type_text("stop\n")
 }
 
@@ -82,10 +110,12 @@ fn guest(guest: &mut Guest) -> Result<()> {
 /// The guest's part of [`both_ways`].
 pub(super) fn guest_end(guest: &Guest, function: &GuestFunction) -> Result<()> {
     let card = up(function)?;
-    let (port, len) = (u16::try_from(guest.number("port")?)?, guest.number("len")?);
+    let len = guest.number("len")?;
+    guest.note("card", card);
+    let port = guest.read_line()?.parse().context("the host half sent no port")?;
     guest.note("downloaded", net::download(&HOST.to_string(), port, DOWN.0, len)?);
     web_server(Ipv4Addr::UNSPECIFIED, GUEST_PORT)?;
-    guest.note("serving", card);
+    guest.note("serving", true);
     guest.read_line().map(drop)
 }
 
@@ -98,6 +128,6 @@ pub(super) fn up(function: &GuestFunction) -> Result<String> {
     wait_for("link", Duration::from_secs(30), || {
         (fs::read_to_string(&carrier).ok()?.trim() == "1").then_some(())
     })
-    .with_context(|| format!("{card} at {} (driver {:?})", function.address, driver_of(&function.address)))?;
+    .with_context(|| format!("{card} at {}", function.address))?;
     Ok(card)
 }

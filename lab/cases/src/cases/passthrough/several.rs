@@ -1,6 +1,6 @@
 //! Several functions of one slot, and several slots.
 
-use super::network::{both_ways, guest_end, host_end};
+use super::network::{both_ways, guest_end};
 use super::storage::{exercise_disk, wanted_sum};
 use super::{STEP, case, class, load, one_guest, positive, sound};
 use crate::case::Case;
@@ -68,11 +68,10 @@ fn slot_guest(guest: &mut Guest) -> Result<()> {
 }
 
 fn two_host(host: &Host) -> Result<Option<String>> {
-    let port = host_end(host)?;
     one_guest(
         host,
         &[Port::Nvme, Port::Network],
-        |spec| spec.cpus(2).arg("port", port).arg("len", LEN),
+        |spec| spec.cpus(2).arg("len", LEN),
         |vm| {
             both_ways(host, vm, LEN)?;
             let sum = vm.note("sha256", STEP)?;
