@@ -81,6 +81,7 @@ impl Inputs {
 
 /// A machine that can run. [`Machine::stop`] takes it apart in the order that the hypervisor and DMA demand.
 pub(crate) struct Machine {
+    space: AddressSpace,
     vcpus: Vcpus,
     console: ConsolePump,
     root: Arc<RootComplex>,
@@ -132,7 +133,7 @@ impl Machine {
         let entry = Entry { pc: loaded.entry, fdt: loaded.fdt };
         let vcpus = Vcpus::start(&vm, spec.cpus, entry, &bus, &reporter(&events))?;
         host.show(&bus, &slots);
-        Ok(Self { vcpus, console, root, functions, slots, bus, power_key, ram })
+        Ok(Self { space: space.clone(), vcpus, console, root, functions, slots, bus, power_key, ram })
     }
 
     /// Lets the guest run.
@@ -160,6 +161,7 @@ impl Machine {
     /// # Errors
     /// [`Error`]; the device is closed then.
     pub(crate) fn add(&mut self, slot: HostSlot, host: &mut Host) -> Result<usize, Error> {
+        room::check(host.slots.iter().flatten().chain([&slot]).map(HostSlot::functions), &self.space)?;
         self.slots.add(slot, &self.ram, host)
     }
 
@@ -169,7 +171,7 @@ impl Machine {
     /// First the vCPUs, so that nobody starts anything new; then the devices, which stop writing to guest memory; only then
     /// the memory is unmapped, and the VM goes with the last reference to it.
     pub(crate) fn stop(self, host: &mut Host) -> bool {
-        let Self { vcpus, console, root, functions, slots, bus, power_key, ram } = self;
+        let Self { space: _, vcpus, console, root, functions, slots, bus, power_key, ram } = self;
         host.board.taken_apart();
         vcpus.pause();
         root.reset();
