@@ -25,7 +25,7 @@ const BAR_COUNT: usize = 6;
 
 type Attack = fn(&Victim, &Witness) -> Result<()>;
 
-/// On a function without a driver; it is recovered after each.
+/// On a function without a driver; its slot is reset after each.
 pub(super) const ATTACKS: [(&str, Attack); 6] = [
     ("config-reads", |victim, _| victim.read_all()),
     ("config-ones", |victim, _| victim.write_all(|_, _| u32::MAX)),
@@ -79,16 +79,20 @@ impl Victim {
         })
     }
 
-    /// Resets it and puts back what the guest's kernel had set up.
-    pub(super) fn recover(&self) -> Result<()> {
+    /// Resets its slot, with its siblings.
+    pub(super) fn reset_slot(&self) -> Result<()> {
         self.port.reset_slot()?;
-        self.port.restore_windows()?;
+        self.port.restore_windows()
+    }
+
+    /// Puts back what the guest's kernel had set up.
+    pub(super) fn restore(&self) -> Result<()> {
         for (at, value) in (BAR_0..0x28).step_by(4).zip(&self.header[4..]) {
             self.config.write(at, 4, *value)?;
         }
         self.config.write(COMMAND, 2, self.header[1] & 0xffff)?;
         let (ids, wanted) = (self.config.read(0, 4)?, self.header[0]);
-        ensure!(ids == wanted, "afterwards its identity reads {ids:#x}, not {wanted:#x}");
+        ensure!(ids == wanted, "afterwards the identity of {} reads {ids:#x}, not {wanted:#x}", self.name);
         Ok(())
     }
 
@@ -241,13 +245,15 @@ impl Victim {
                 Box::new(move || {
                     let socket = UdpSocket::bind("0.0.0.0:0")?;
                     socket.set_broadcast(true)?;
-                    (0..).try_for_each(|_| Ok(socket.send_to(&[0; 1400], "10.77.0.255:9").map(drop)?))
+                    (0..).try_for_each(|_| {
+                        thread::sleep(Duration::from_millis(1));
+                        Ok(socket.send_to(&[0; 1400], "10.77.0.255:9").map(drop)?)
+                    })
                 })
             }
             _ => return Ok(false),
         };
         thread::Builder::new().name("traffic".into()).spawn(work)?;
-        thread::sleep(Duration::from_millis(300));
         Ok(true)
     }
 }

@@ -142,17 +142,22 @@ fn attack(guest: &mut Guest) -> Result<()> {
     for victim in &victims {
         let result = ATTACKS.iter().try_for_each(|(name, attack)| {
             let before = witness.rounds();
-            let result = attack(victim, &witness).and_then(|()| victim.recover());
-            result.and_then(|()| witness.wait_round(before)).with_context(|| (*name).to_owned())
+            let result = attack(victim, &witness).and_then(|()| victim.reset_slot());
+            result
+                .and_then(|()| victims.iter().try_for_each(Victim::restore))
+                .and_then(|()| witness.wait_round(before))
+                .with_context(|| (*name).to_owned())
         });
         part(guest, &victim.name, result);
     }
     load(guest, &["nvme", "e1000e", "xhci_pci", "usb_storage", "sd_mod", "ahci"])?;
     load(guest, &sound::MODULES)?;
-    for victim in &victims {
-        let result = victim.start_traffic().and_then(|started| {
-            let attacks = TRAFFIC_ATTACKS.iter().filter(|_| started);
-            attacks.into_iter().try_for_each(|(name, attack)| {
+    // All of it first: what resets one function resets its siblings.
+    let started = victims.iter().map(|victim| (victim, victim.start_traffic())).collect::<Vec<_>>();
+    std::thread::sleep(Duration::from_millis(500));
+    for (victim, started) in started {
+        let result = started.and_then(|started| {
+            TRAFFIC_ATTACKS.iter().filter(|_| started).try_for_each(|(name, attack)| {
                 let before = witness.rounds();
                 let result = attack(victim, &witness);
                 result.and_then(|()| witness.wait_round(before)).with_context(|| (*name).to_owned())
