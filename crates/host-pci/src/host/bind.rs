@@ -24,7 +24,7 @@ impl Host {
         }
         let mut bound = vec![];
         for function in functions.iter().filter(|f| !f.bound()) {
-            if let Err(error) = self.bind_one(function) {
+            if let Err(error) = self.bind_one(function, &functions) {
                 for address in bound.into_iter().chain([function.address]) {
                     self.undo(address);
                 }
@@ -52,7 +52,7 @@ impl Host {
         ours.iter().map(|f| Ok((f.address, self.release_one(f)?))).collect()
     }
 
-    fn bind_one(&self, function: &Function) -> Result<(), Refusal> {
+    fn bind_one(&self, function: &Function, with: &[Function]) -> Result<(), Refusal> {
         let address = function.address;
         let folder = self.function_path(address);
         self.write(&folder.join("driver_override"), VFIO_DRIVER)?;
@@ -62,7 +62,8 @@ impl Host {
         self.write(&self.path("sys/bus/pci/drivers_probe"), &address.to_string())?;
         let now = self.function(address);
         if now.bound() {
-            return Ok(());
+            // Some hosts tell only now which group it is in, and so with whom.
+            return self.sharers(&now, with).map_or(Ok(()), Err);
         }
         // vfio-pci does not take what has no group.
         Err(if now.group.is_none() {

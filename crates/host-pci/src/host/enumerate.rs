@@ -127,7 +127,7 @@ impl Host {
     }
 
     /// The refusal for a group that holds foreign devices which a driver of the host has.
-    fn sharers(&self, function: &Function, with: &[Function]) -> Option<Refusal> {
+    pub(super) fn sharers(&self, function: &Function, with: &[Function]) -> Option<Refusal> {
         let group = function.group?;
         let folder = self.path(&format!("sys/kernel/iommu_groups/{group}/devices"));
         let members = entries(&folder).into_iter().filter_map(|n| n.parse().ok()).map(|a| self.function(a));

@@ -34,6 +34,10 @@ impl SysfsWriter for Kernel {
             Some("unbind") => fs::remove_file(device.join("driver")),
             Some("drivers_probe") => match self.driver_for(&device) {
                 Some(driver) if !device.join("driver").exists() => {
+                    let late = device.join("late_group");
+                    if late.exists() {
+                        fs::rename(late, device.join("iommu_group"))?;
+                    }
                     symlink(self.root.join("sys/bus/pci/drivers").join(driver), device.join("driver"))
                 }
                 _ => Ok(()),
@@ -266,6 +270,19 @@ fn without_a_driver_its_group_may_be_yet_to_come() {
     // vfio-pci takes nothing without a group.
     let error = fake.host_with_unwilling(&["vfio-pci"]).bind(slot()).unwrap_err();
     assert!(matches!(error, Refusal::NoIommu(_)), "{error}");
+}
+
+#[test]
+fn a_group_that_shows_only_with_the_driver_is_looked_at_then() {
+    let fake = Fake::new();
+    fake.function("0000:01:00.0", ["1b36", "0010", "010802"], "nvme", Some(2));
+    fake.function("0000:01:00.1", ["8086", "10d3", "020000"], "", Some(2));
+    let sibling = fake.root.path().join("sys/bus/pci/devices/0000:01:00.1");
+    fs::rename(sibling.join("iommu_group"), sibling.join("late_group")).unwrap();
+    let error = fake.host().bind("01:00.1".parse().unwrap()).unwrap_err();
+    assert!(matches!(error, Refusal::GroupShared { group: 2, .. }), "{error}");
+    assert_eq!((fake.driver("0000:01:00.0").as_deref(), fake.driver("0000:01:00.1")), (Some("nvme"), None));
+    assert_eq!(fake.host().bind(slot()).unwrap().len(), 2, "together they can be given");
 }
 
 #[test]

@@ -168,11 +168,15 @@ fn run(command: &mut Command) -> Result<(ExitKind, String)> {
 /// Files in the places where a program might leave some.
 fn left_behind() -> Result<BTreeSet<String>> {
     let mut names = BTreeSet::new();
-    for folder in [WORK, "/tmp", "/run", "/dev", "/"] {
-        for entry in fs::read_dir(folder)? {
+    // Where machines put their control sockets. The folder stays; what is in it must not.
+    const CONTROL: &str = "/run/outboard";
+    for folder in [WORK, "/tmp", "/run", CONTROL, "/dev", "/"] {
+        let Ok(entries) = fs::read_dir(folder) else { continue };
+        for entry in entries {
             names.insert(entry?.path().display().to_string());
         }
     }
+    names.remove(CONTROL);
     Ok(names)
 }
 

@@ -17,9 +17,9 @@ use std::time::Duration;
 
 /// Places in Outboard's machine that are no PCI window, and one in no bridge's reach.
 const ELSEWHERE: [u64; 6] =
-    [0x0800_0000, 0x0802_0000, 0x0900_0000, 0x1000_0000, 0x4000_0000, 0xffff_ffff_fff0_0000];
+    [0x0800_0000, 0x0801_0000, 0x0900_0000, 0x1000_0000, 0x4000_0000, 0xffff_ffff_fff0_0000];
 /// Doorbell of the guest's MSI frame.
-const DOORBELL: u64 = 0x0802_0040;
+const DOORBELL: u64 = 0x0801_0040;
 const FLR: u32 = 1 << 15;
 const BAR_COUNT: usize = 6;
 
