@@ -46,6 +46,9 @@ enum Step {
     Pin(bool),
     SetUp,
     Reset,
+    /// Through the DMA device: the functions restart where they are, or are held back from DMA.
+    Restart,
+    Hold(bool),
     Pull,
 }
 
@@ -117,6 +120,7 @@ struct Machine {
     bus: Arc<MmioBus>,
     root: Arc<RootComplex>,
     device: Arc<SimulatedDevice>,
+    function: Arc<Function>,
 }
 
 impl Machine {
@@ -169,6 +173,10 @@ impl Machine {
             Step::Pin(high) => self.device.set_pin(high),
             Step::SetUp => self.set_up(),
             Step::Reset => self.root.reset(),
+            Step::Restart => {
+                self.function.restart();
+            }
+            Step::Hold(held) => self.function.hold_dma(held),
             Step::Pull => self.device.remove(),
         }
     }
@@ -192,7 +200,7 @@ fuzz_target!(|input: Input| {
     bus.insert(ECAM, Ecam::len(4), Arc::new(Ecam::new(root.clone()))).unwrap();
     root.add_port(1, Arc::new(RootPort::new(1))).unwrap();
     root.add_behind(1, 0, function.clone()).unwrap();
-    let machine = Machine { bus, root, device };
+    let machine = Machine { bus, root, device, function: function.clone() };
     machine.set_up();
     for step in input.guest.iter().take(256) {
         machine.step(step);
