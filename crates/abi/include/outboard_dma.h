@@ -53,7 +53,7 @@
 #define ODMA_STATE_OFF 0x0u
 /* Enabled. */
 #define ODMA_STATE_ON 0x1u
-/* The served device has gone, or failed: mappings can only be taken down. */
+/* The slot is empty, or its device has failed: mappings can only be taken down. A device that is added to the slot makes it STATE_OFF again, with limits of its own. */
 #define ODMA_STATE_GONE 0x2u
 /* R, 64 bits: bytes mapped now. */
 #define ODMA_STAT_BYTES 0x80u

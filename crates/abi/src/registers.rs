@@ -62,7 +62,8 @@ constants! { REGISTERS:
     STATE_OFF: u32 = 0;
     /// Enabled.
     STATE_ON: u32 = 1;
-    /// The served device has gone, or failed: mappings can only be taken down.
+    /// The slot is empty, or its device has failed: mappings can only be taken down. A device that is added to the slot makes it [`STATE_OFF`] again,
+    /// with limits of its own.
     STATE_GONE: u32 = 2;
     /// R, 64 bits: bytes mapped now.
     STAT_BYTES: u32 = 0x080;

@@ -86,10 +86,14 @@ pub(crate) struct Place {
 impl Place {
     /// The places of the ports of `spec`, those with a device first, one after the other from device number `first` on. Free ports have a DMA
     /// device if a device beside them has one, or if the host knows no other way.
-    pub(crate) fn all(spec: &MachineSpec, mut first: u8) -> Vec<Self> {
+    pub(crate) fn all(spec: &MachineSpec, first: u8) -> Vec<Self> {
+        Self::of(&spec.devices, spec.spare_ports, first)
+    }
+
+    fn of(devices: &[DeviceSpec], spare_ports: usize, mut first: u8) -> Vec<Self> {
         let asks = |device: &DeviceSpec| device.dma.asks();
-        let spare = spec.devices.iter().any(asks) || DmaPolicy::default().asks();
-        let ports = spec.devices.iter().map(asks).chain(std::iter::repeat_n(spare, spec.spare_ports));
+        let spare = devices.iter().any(asks) || DmaPolicy::default().asks();
+        let ports = devices.iter().map(asks).chain(std::iter::repeat_n(spare, spare_ports));
         let place = |asks: bool| {
             let companion = asks.then_some(first);
             let port = first.saturating_add(asks.into());
@@ -271,5 +275,30 @@ impl VectorBinder for Vectors {
         if let Err(error) = self.0.unbind_interrupt(message.data, event.as_fd()) {
             outboard_bus::warn_limited!("interrupt {}: {error}", message.data);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_dma_device_stands_before_the_port_it_serves() {
+        let specs =
+            |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect::<Vec<DeviceSpec>>();
+        let places = |texts: &[&str], spare| {
+            Place::of(&specs(texts), spare, 3)
+                .iter()
+                .map(|place| (place.companion, place.port))
+                .collect::<Vec<_>>()
+        };
+        let (plain, mac) = ("01:00,dma=identity", "02:00,dma=mac");
+        assert_eq!(places(&[plain, mac, plain], 0), [(None, 3), (Some(4), 5), (None, 6)]);
+        assert_eq!(places(&[mac], 2), [(Some(3), 4), (Some(5), 6), (Some(7), 8)], "free ports as well");
+        assert_eq!(
+            places(&[mac; 200], 0).len(),
+            200,
+            "more than there is room for is refused by whoever counts them"
+        );
     }
 }
