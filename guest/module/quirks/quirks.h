@@ -2,9 +2,31 @@
 #ifndef OUTBOARD_QUIRKS_H
 #define OUTBOARD_QUIRKS_H
 
-/* Looks for what needs a quirk and arms it. 0, or why the module cannot load. */
+#include <linux/types.h>
+
+/* Looks for what needs a quirk and arms it. A quirk that finds anything it does not know stays off and says so: none keeps the module
+ * from loading. 0, or an error of the kernel's own.
+ */
 int outboard_quirks_init(void);
 /* Undoes all of it. */
 void outboard_quirks_exit(void);
+
+/* A quirk: one of the three below. */
+struct outboard_quirk {
+	const char *name;
+	/* Arms it, or sets its state to why not. */
+	void (*start)(struct outboard_quirk *quirk);
+	void (*stop)(struct outboard_quirk *quirk);
+	/* Another module comes (its code is there and has not run) or goes. Called after start, before stop. */
+	void (*module_comes)(struct outboard_quirk *quirk, struct module *module);
+	void (*module_goes)(struct outboard_quirk *quirk, struct module *module);
+	/* What it is doing, for a person. Written under the quirks' mutex. */
+	char state[160];
+};
+
+extern struct outboard_quirk outboard_quirk_uvm, outboard_quirk_tso, outboard_quirk_dczva;
+
+/* Sets a quirk's state and says it in the kernel's log. */
+__printf(2, 3) void outboard_quirk_say(struct outboard_quirk *quirk, const char *format, ...);
 
 #endif
