@@ -308,7 +308,9 @@ fn needs_peer(names: &[String], vmm: Vmm) -> bool {
 
 /// Whether guests need our kernel module; their cases are named so.
 fn needs_dma_module(names: &[String]) -> bool {
-    names.iter().any(|name| name.starts_with("dma-") || name == "bench-dma")
+    let needs =
+        |name: &String| ["dma-", "quirk-"].iter().any(|start| name.starts_with(start)) || name == "bench-dma";
+    names.iter().any(needs)
 }
 
 fn empty_logs(paths: &Paths) -> Result<()> {

@@ -13,6 +13,7 @@ mod hypervisor;
 mod net;
 mod passthrough;
 mod power;
+mod quirks;
 mod terminal;
 mod vsock;
 
@@ -32,6 +33,7 @@ pub(crate) fn table() -> Vec<Case> {
         passthrough::cases(),
         dma::cases(),
         dma_device::cases(),
+        quirks::cases(),
         bad_input::cases(),
         abuse::cases(),
         bench::cases(),
