@@ -113,6 +113,40 @@ fn lay_out(paths: &Paths, folder: &Path, object: &Path, sources: &[PathBuf]) -> 
     Ok(())
 }
 
+/// Puts the sources and the Rust half into `folder`, as they go into a source package: without the tests.
+pub fn lay_out_package(paths: &Paths, folder: &Path) -> Result<()> {
+    setup::ensure(paths, &[&CROSS_COMPILER, &MAKE, &PAHOLE], false)?;
+    let object = core_object::build(paths)?;
+    let tests = paths.root.join("guest/module").join(TEST_MODULES);
+    let mut sources = sources(paths)?;
+    sources.retain(|file| !file.starts_with(&tests));
+    lay_out(paths, folder, &object, &sources)
+}
+
+/// Builds a package's `source` as DKMS does it, by its `dkms.conf`, for the kernel of package `image`; `tree` is what DKMS would call its tree.
+/// Returns the module.
+pub fn build_by_dkms(paths: &Paths, name: &str, image: &str, source: &Path, tree: &Path) -> Result<PathBuf> {
+    let headers = headers::prepare(paths, name, image)?;
+    // The names that DKMS gives the configuration, and then its steps: copy, PRE_BUILD, MAKE.
+    let script = "set -e; source \"$1/dkms.conf\"; build=\"$dkms_tree/$PACKAGE_NAME/$PACKAGE_VERSION/build\"; \
+         rm -rf \"$build\"; mkdir -p \"${build%/build}\"; cp -r \"$1\" \"$build\"; cd \"$build\"; \
+         eval \"./$PRE_BUILD\"; eval \"${MAKE[0]}\"; test -f \"${BUILT_MODULE_NAME[0]}.ko\"; ls \"$PWD/${BUILT_MODULE_NAME[0]}.ko\" >&3";
+    let mut command = Command::new("bash");
+    command.args(["-c", &format!("{{ {script}; }} 3>&1 >\"$2\" 2>&1"), "dkms"]).arg(source);
+    let log = paths.lab.join(format!("package-{name}.log"));
+    command.arg(&log).env("dkms_tree", tree).env("kernel_source_dir", &headers.build);
+    command.env("kernelver", image.trim_start_matches("linux-image-"));
+    // The only difference to a guest: the compiler is a cross compiler.
+    let variables =
+        headers.variables.iter().map(|(key, value)| format!(" {key}={value}")).collect::<String>();
+    command.env("ARCH", "arm64").env("CROSS_COMPILE", CROSS).env("MAKEFLAGS", variables.trim());
+    command.env_remove("MFLAGS").env_remove("CARGO_MAKEFLAGS");
+    let module = process::output(&mut command, "building the module as DKMS does").with_context(|| {
+        format!("{}:\n{}", log.display(), process::tail(&fs::read_to_string(&log).unwrap_or_default(), 20))
+    })?;
+    Ok(PathBuf::from(module.trim()))
+}
+
 fn make(headers: &Headers, folder: &Path) -> Command {
     let mut command = Command::new("make");
     command.arg("-C").arg(&headers.build).arg(format!("M={}", folder.display()));

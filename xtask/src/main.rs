@@ -6,6 +6,8 @@ mod debian;
 mod guest_module;
 mod lab;
 mod lint;
+
+mod package;
 mod paths;
 mod process;
 mod stamp;
@@ -32,6 +34,12 @@ enum Task {
     Test(test::Options),
     /// Build the guest's kernel module for the lab's kernels
     Module,
+    /// Build the guest's kernel module as a Debian package for DKMS
+    Package {
+        /// Also build the module out of the package, as DKMS does, for the lab's kernels
+        #[arg(long)]
+        check: bool,
+    },
     /// Check format, clippy, layers and other rules, and the targets that are not run here
     Lint,
     /// Measure Outboard beside QEMU
@@ -61,6 +69,7 @@ fn run(task: &Task) -> Result<bool> {
         Task::Lab(options) => lab::run(&paths, options),
         Task::Test(options) => test::run(&paths, options),
         Task::Module => lab::build_modules(&paths),
+        Task::Package { check } => package::run(&paths, *check),
         Task::Bench(options) => bench::run(&paths, options),
         Task::Lint => {
             let counts = lint::run(&paths);

@@ -162,6 +162,21 @@ pub fn guest_modules(paths: &Paths, packages: &Packages) -> Result<BTreeMap<Stri
     guest_module::build(paths, &images.collect::<Result<Vec<_>>>()?)
 }
 
+/// Builds the package's `source` as DKMS does, for the same kernels.
+pub fn dkms_modules(
+    paths: &Paths,
+    packages: &Packages,
+    source: &Path,
+    tree: &Path,
+) -> Result<Vec<(&'static str, PathBuf)>> {
+    let build = |kernel: &Kernel| {
+        let image = guest_module::package_of(packages.kernel(*kernel))?;
+        let tree = tree.join(kernel.name());
+        Ok((kernel.name(), guest_module::build_by_dkms(paths, kernel.name(), &image, source, &tree)?))
+    };
+    WITH_MODULE.iter().map(build).collect()
+}
+
 fn kernel_file(root: &Path) -> Result<PathBuf> {
     let files = fs::read_dir(root.join("boot")).context("a kernel package has a folder boot")?;
     let mut files = files.flatten().map(|entry| entry.path());

@@ -294,6 +294,16 @@ pub fn build_modules(paths: &Paths) -> Result<bool> {
     Ok(true)
 }
 
+/// Builds the module out of a package's `source`, as DKMS does, for the lab's kernels. What DKMS would keep goes into `tree`.
+pub fn build_package(
+    paths: &Paths,
+    source: &std::path::Path,
+    tree: &std::path::Path,
+) -> Result<Vec<(&'static str, std::path::PathBuf)>> {
+    let packages = packages::Packages::prepare(paths)?;
+    images::dkms_modules(paths, &packages, source, tree)
+}
+
 /// Whether the workspace has the package: crates come one after the other.
 fn has_program(paths: &Paths, package: &str) -> bool {
     let folder = package.strip_prefix("outboard-").unwrap_or(package);
