@@ -103,8 +103,13 @@ fn panel(
     for (row, colour) in report.rows.iter().zip(COLOURS) {
         let mut points = String::new();
         let columns = row.replay.samples.len().div_ceil(COLUMNS).max(1);
+        let mut before = None;
         for chunk in row.replay.samples.chunks(columns) {
             let high = chunk.iter().map(&value).fold(0.0, f64::max);
+            // In steps: between two calls nothing changes, and a slope would say otherwise.
+            if let Some(before) = before.replace(high) {
+                let _ = write!(points, "{:.1},{:.1} ", x(chunk[0].at), y(before));
+            }
             let _ = write!(points, "{:.1},{:.1} ", x(chunk[0].at), y(high));
         }
         let _ = writeln!(
