@@ -14,6 +14,7 @@ mod net;
 mod passthrough;
 mod power;
 mod quirks;
+mod record;
 mod terminal;
 mod vsock;
 
@@ -34,6 +35,7 @@ pub(crate) fn table() -> Vec<Case> {
         dma::cases(),
         dma_device::cases(),
         quirks::cases(),
+        record::cases(),
         bad_input::cases(),
         abuse::cases(),
         bench::cases(),
