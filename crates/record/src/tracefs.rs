@@ -54,13 +54,15 @@ impl Instance {
         self.write("options/overwrite", "0")?;
         // One clock for all CPUs: events are put into one order.
         self.write("trace_clock", "mono")?;
-        if !PAGE_KIB.iter().any(|kib| self.write("buffer_subbuf_size_kb", &kib.to_string()).is_ok()) {
+        let cpus = u32::try_from(self.cpus()?.len()).unwrap_or(u32::MAX).max(1);
+        self.buffer_mib = buffer_mib.unwrap_or((TOTAL_MIB / cpus).clamp(EACH_MIB.0, EACH_MIB.1));
+        // Some pages at least, or most of the buffer would be the ends of pages that an event did not fit into.
+        let pages = PAGE_KIB.iter().filter(|kib| **kib <= self.buffer_mib.saturating_mul(128).max(64));
+        if !pages.into_iter().any(|kib| self.write("buffer_subbuf_size_kb", &kib.to_string()).is_ok()) {
             let what = "ring buffer".to_owned();
             let detail = "buffer_subbuf_size_kb takes none of 64 to 512 KiB".to_owned();
             return Err(Error::Unknown { what, detail });
         }
-        let cpus = u32::try_from(self.cpus()?.len()).unwrap_or(u32::MAX).max(1);
-        self.buffer_mib = buffer_mib.unwrap_or((TOTAL_MIB / cpus).clamp(EACH_MIB.0, EACH_MIB.1));
         self.write("buffer_size_kb", &(u64::from(self.buffer_mib) << 10).to_string())?;
         let header = Format::parse(&self.read("events/header_page")?);
         let unknown = |what: &str, detail: String| Error::Unknown { what: what.to_owned(), detail };

@@ -37,7 +37,7 @@ fn host(host: &Host) -> Result<Option<String>> {
         let mut spec = host.guest(kernel).cpus(2);
         spec.initrd.set_file_name(INITRD_DMA);
         let run = || host.start(&spec)?.finish(STEP);
-        host.part(format!("{}/{}", host.case(), kernel.name()), run());
+        host.part(kernel.name(), run());
     }
     Ok(None)
 }

@@ -146,7 +146,9 @@ fn signals(host: &Host) -> Result<()> {
 
 /// The recording is stopped while the disk is read: the kernel's buffers run over, and that is said everywhere.
 fn losses(host: &Host) -> Result<()> {
-    let passes = format!("kill -STOP $PPID; for i in 1 2 3 4 5 6 7 8; do {READ}; done; kill -CONT $PPID");
+    let passes = format!(
+        "kill -STOP $PPID; for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16; do {READ}; done; kill -CONT $PPID"
+    );
     expect(&record(host, &["--buffer", "1"], &passes)?, 125, "were lost")?;
     let output = Command::new(outboard_path()).arg("fit").arg(host.scratch("x.trace")).output()?;
     let table = String::from_utf8_lossy(&output.stdout).into_owned();
