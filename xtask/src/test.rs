@@ -2,6 +2,7 @@
 
 use crate::lab::{self, Counts};
 use crate::lint;
+use crate::package;
 use crate::paths::Paths;
 use anyhow::{Context, Result};
 use clap::Args;
@@ -29,10 +30,26 @@ pub fn run(paths: &Paths, options: &Options) -> Result<bool> {
     } else {
         println!("Cases in the lab");
         counts += lab::run_all_cases(paths);
+        // Here, because it needs the kernels' headers as the lab does.
+        println!("The package of the guest's module, built as DKMS does");
+        counts += package_test(paths);
     }
     println!("Everything took {:.0} s", start.elapsed().as_secs_f64());
     println!("{} passed, {} failed, {} skipped", counts.passed, counts.failed, counts.skipped);
     Ok(counts.failed == 0)
+}
+
+/// One test: the package can be made, and the module built out of it.
+fn package_test(paths: &Paths) -> Counts {
+    let mut counts = Counts::default();
+    match package::run(paths, true) {
+        Ok(_) => counts.passed += 1,
+        Err(error) => {
+            println!("  FAILED   package: {error:#}");
+            counts.failed += 1;
+        }
+    }
+    counts
 }
 
 /// Unit, integration and documentation tests of all crates.

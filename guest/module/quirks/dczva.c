@@ -36,8 +36,9 @@ struct site {
 static struct site sites[MAX_SITES];
 static unsigned int site_count;
 static unsigned int uncovered;
-/* A module that came after the start had something unknown; the others are done. */
-static bool running, stores;
+static bool running;
+/* DC ZVA clears 64 bytes on these CPUs. */
+static bool stores;
 
 /* The kernel's own, none of them exported. */
 static unsigned long (*lookup)(const char *name);
@@ -158,8 +159,10 @@ static int rewrite_modules(void)
 		return -ENOMEM;
 	preempt_disable();
 	list_for_each_entry_rcu(module, &THIS_MODULE->list, list) {
-		/* True of a whole module, and of the head only by a miracle. One that is only coming reports itself. */
-		if (READ_ONCE(module->mkobj.mod) != module || READ_ONCE(module->state) != MODULE_STATE_LIVE)
+		/* True of a whole module, and of the head only by a miracle. One that comes has this only when the notifiers are through with
+		 * it, so it will not report itself any more.
+		 */
+		if (READ_ONCE(module->mkobj.mod) != module || READ_ONCE(module->state) == MODULE_STATE_GOING)
 			continue;
 		if (count == 512)
 			error = -E2BIG;

@@ -4,6 +4,9 @@
 use super::uvm::{self, Verdict};
 use super::zva::{self, Seen, Site};
 
+// `core.h` asserts the same of its own.
+const _: () = assert!(size_of::<Site>() == 48 && size_of::<Seen>() == 24);
+
 /// Scans the `count` instructions at `text`; the first `room` sites go to `sites`.
 ///
 /// # Safety
