@@ -1,7 +1,8 @@
 //! The kernel's `dma:*` trace events as text (`outboard record`, `trace_pipe`, `trace-cmd report`), Linux 6.12 and newer.
 //!
 //! The formats are those of `include/trace/events/dma.h`, 6.12 to 7.x. What it leaves out is filled in: scatterlists beyond 128
-//! entries are cut when mapped, but not when unmapped, so tails come from there, one 4 KiB page an entry; `dma_alloc`
+//! entries are cut when mapped, but not when unmapped, so tails come from there, one 4 KiB page an entry (unless
+//! the list is so long that the kernel does not record its unmapping either; then it is said); `dma_alloc`
 //! gives no physical address, so its bus address stands in (the same where no IOMMU translates).
 
 use std::collections::{BTreeMap, HashMap};
@@ -13,6 +14,10 @@ use crate::trace::{Segment, Trace};
 const PAGE: u64 = 4096;
 /// `DMA_MAPPING_ERROR`: the bus address of what could not be mapped.
 const FAILED: u64 = u64::MAX;
+
+/// Entries beyond which the kernel may not record the unmapping of a list: an event must fit into a page of its ring buffer (seen with
+/// Linux 6.18: 479 were there, 512 were not, also with larger pages).
+const UNSEEN: u64 = 479;
 
 /// Events read so far, by device.
 #[derive(Default)]
@@ -39,6 +44,10 @@ struct Device {
     /// Live single mappings by bus address and size, live lists by physical address of their first entry.
     singles: HashMap<(u64, u64), Vec<usize>>,
     lists: HashMap<u64, Vec<usize>>,
+    /// Entries that each list has beyond those known.
+    missing: BTreeMap<usize, u64>,
+    /// Known pages of lists whose unmapping may not be seen.
+    unseen: HashMap<u64, usize>,
 }
 
 impl Events {
@@ -75,9 +84,15 @@ impl Events {
                 device.get().unmap_single(at, bus, size);
                 Ok(())
             }
-            "map_sg" => device.get().list(at, &fields.array("phys_addrs")?, &fields.array("sizes")?),
+            "map_sg" => {
+                let (starts, sizes) = (fields.array("phys_addrs")?, fields.array("sizes")?);
+                let full = fields.text("nents").and_then(|nents| nents.split_once('/')?.1.parse().ok());
+                device.get().list(at, &starts, &sizes, full)
+            }
             // The size is the whole list's: entries share it.
-            "alloc_sgt" => device.get().list(at, &fields.array("phys_addrs")?, &[fields.decimal("size")?]),
+            "alloc_sgt" => {
+                device.get().list(at, &fields.array("phys_addrs")?, &[fields.decimal("size")?], None)
+            }
             "free_sgt" | "unmap_sg" => device.get().unmap_list(at, &fields.array("phys_addrs")?),
             _ => Ok(()),
         }
@@ -112,7 +127,9 @@ impl Events {
             },
         };
         let mut trace = Trace::new(name);
-        for (at, call) in self.devices.remove(&chosen).unwrap_or_default().calls {
+        let chosen = self.devices.remove(&chosen).unwrap_or_default();
+        trace.missing = chosen.missing.values().fold(0, |sum, missing| sum.saturating_add(*missing));
+        for (at, call) in chosen.calls {
             // Calls keep their indices: nothing else is put into the trace.
             match call {
                 Ok(segments) => {
@@ -128,6 +145,7 @@ impl Events {
 impl Device {
     fn single(&mut self, at: u64, start: u64, bus: u64, size: u64) -> Result<(), String> {
         let segment = checked(start, size)?;
+        self.must_be_gone(at, start);
         self.singles.entry((bus, size)).or_default().push(self.calls.len());
         self.calls.push((at, Ok(vec![segment])));
         Ok(())
@@ -140,8 +158,27 @@ impl Device {
         }
     }
 
-    fn list(&mut self, at: u64, starts: &[u64], sizes: &[u64]) -> Result<(), String> {
+    /// Whoever maps a page of a list again has unmapped the list, if the kernel could not say so.
+    fn must_be_gone(&mut self, at: u64, start: u64) {
+        if let Some(index) = self.unseen.remove(&start) {
+            self.unseen.retain(|_, other| *other != index);
+            self.lists.values_mut().for_each(|live| live.retain(|other| *other != index));
+            self.calls.push((at, Err(index)));
+        }
+    }
+
+    /// `full` is how many entries the list really has.
+    fn list(&mut self, at: u64, starts: &[u64], sizes: &[u64], full: Option<u64>) -> Result<(), String> {
         let Some(&first) = starts.first() else { return Ok(()) };
+        if !self.unseen.is_empty() {
+            starts.iter().for_each(|start| self.must_be_gone(at, *start));
+        }
+        if let Some(full) = full.filter(|full| *full > starts.len() as u64) {
+            self.missing.insert(self.calls.len(), full - starts.len() as u64);
+            if full > UNSEEN {
+                self.unseen.extend(starts.iter().map(|start| (*start, self.calls.len())));
+            }
+        }
         // An IOMMU merges entries on the bus; then sizes are those of its segments, and entries share them evenly.
         let total: u64 = sizes.iter().fold(0, |sum, size| sum.saturating_add(*size));
         let even = (total / starts.len() as u64).next_multiple_of(PAGE).max(PAGE);
@@ -169,6 +206,8 @@ impl Device {
         };
         let Some(place) = live.iter().rposition(agrees) else { return Ok(()) };
         let index = live.remove(place);
+        self.missing.remove(&index);
+        self.unseen.retain(|_, other| *other != index);
         if let Some((_, Ok(segments))) = self.calls.get_mut(index) {
             for start in starts.iter().skip(segments.len()) {
                 segments.push(checked(*start, PAGE)?);

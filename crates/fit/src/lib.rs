@@ -137,5 +137,5 @@ pub fn compare(
             if with_tightest { tightest(trace, policy, limits)? } else { (None, None) };
         rows.push(Row { policy, replay: replayed, tightest_bytes, tightest_entries });
     }
-    Ok(Report { trace: trace.name.clone(), limits, lost: trace.lost, rows })
+    Ok(Report { trace: trace.name.clone(), limits, lost: trace.lost, missing: trace.missing, rows })
 }

@@ -30,6 +30,8 @@ pub struct Report {
     pub limits: Limits,
     /// Events that the recording lost.
     pub lost: u64,
+    /// Entries of scatterlists that its events did not keep.
+    pub missing: u64,
     /// One for each policy.
     pub rows: Vec<Row>,
 }
@@ -121,6 +123,14 @@ impl Report {
                 text,
                 "  the recording lost {} events: these figures are not the whole truth; record again with a larger buffer",
                 self.lost
+            );
+        }
+        if self.missing > 0 {
+            let _ = writeln!(
+                text,
+                "  {} entries of long scatterlists are missing: the kernel keeps the first 128 of a list, and these lists' unmappings were \
+                 not recorded; entries and bytes are higher than shown",
+                self.missing
             );
         }
         text

@@ -44,6 +44,8 @@ pub struct Trace {
     pub markers: Vec<String>,
     /// Events that the recording says it lost: figures are too low then.
     pub lost: u64,
+    /// Entries of long scatterlists that the kernel's events did not keep; they are not in `segments`.
+    pub missing: u64,
 }
 
 impl Trace {

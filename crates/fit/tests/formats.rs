@@ -135,6 +135,39 @@ a-1 [0] ..... 5.0: dma_map_phys: d dir=TO_DEVICE dma_addr=7000 size=16 phys_addr
     assert!(!fit(&[data("tiny.trace.xz").to_str().unwrap()]).1.contains("lost"));
 }
 
+/// The kernel records no event larger than a page of its buffer: such unmappings are concluded, and what is unknown is said.
+#[test]
+fn lists_whose_unmapping_the_kernel_cannot_record() {
+    let map = |at: u32, first: u32, full: u32| {
+        let list = |step: u32| {
+            (0..128).map(|i| format!("{:#x}", (first + i * step) << 12)).collect::<Vec<_>>().join(",")
+        };
+        format!(
+            "a-1 [0] ..... {at}.0: dma_map_sg: d dir=NONE nents=128/{full} ents=128/{full} [TRUNCATED] dma_addrs={{{0}}} sizes={{{1}}} phys_addrs={{{0}}} attrs=\n",
+            list(1),
+            ["0x1000"; 128].join(",")
+        )
+    };
+    let single = |at: u32, page: u32| {
+        format!(
+            "a-1 [0] ..... {at}.0: dma_map_page: d dir=NONE dma_addr={0:x} size=4096 phys_addr={0:x} attrs=\n",
+            page << 12
+        )
+    };
+    // Long: mapped again in part, so it was unmapped.
+    let trace = parse(&(map(1, 1000, 4096) + &single(2, 1005) + &map(3, 1000, 4096)), None).unwrap();
+    let kinds: Vec<bool> = trace.calls.iter().map(|call| matches!(call.op, Op::Unmap(0))).collect();
+    assert_eq!(kinds, [false, true, false, false], "unmapped before its page is mapped again, once");
+    assert_eq!(trace.missing, 2 * (4096 - 128));
+    // Shorter ones say so themselves.
+    let trace = parse(&(map(1, 1000, 200) + &single(2, 1005)), None).unwrap();
+    assert!(trace.calls.iter().all(|call| matches!(call.op, Op::Map(_))));
+    let unmap = (0..200).map(|i| format!("{:#x}", (1000 + i) << 12)).collect::<Vec<_>>().join(",");
+    let unmap = format!("a-1 [0] ..... 3.0: dma_unmap_sg: d dir=NONE phys_addrs={{{unmap}}} attrs=\n");
+    let trace = parse(&(map(1, 1000, 200) + &unmap), None).unwrap();
+    assert_eq!((trace.missing, trace.segments.len()), (0, 200));
+}
+
 #[test]
 fn devices_are_told_apart() {
     let two = EVENTS.to_owned() + &EVENTS.replace("01:00.0", "02:00.0");

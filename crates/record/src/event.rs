@@ -49,11 +49,8 @@ enum Kind {
     Decimal,
     /// Only whether there is one: kernel addresses stay in the kernel.
     Pointer,
-    Array {
-        element: usize,
-        /// The last data of the record: may be longer than its 16-bit length says.
-        last: bool,
-    },
+    /// Of elements with so many bytes.
+    Array(usize),
 }
 
 /// `label=` and the record's field for it.
@@ -61,9 +58,7 @@ type Part = (&'static str, &'static str, Kind);
 
 const HEX: Kind = Kind::Hex;
 const SIZE: Part = ("size", "size", Kind::Decimal);
-const LIST: Kind = Kind::Array { element: 8, last: false };
-const LAST_LIST: Kind = Kind::Array { element: 8, last: true };
-const LAST_LENGTHS: Kind = Kind::Array { element: 4, last: true };
+const LIST: Kind = Kind::Array(8);
 
 /// What each event's line has between direction and attributes.
 fn parts(event: &str) -> &'static [Part] {
@@ -74,12 +69,12 @@ fn parts(event: &str) -> &'static [Part] {
         "dma_unmap_page" | "dma_unmap_phys" | "dma_unmap_resource" => &[("dma_addr", "addr", HEX), SIZE],
         "dma_map_sg" => &[
             ("dma_addrs", "dma_addrs", LIST),
-            ("sizes", "lengths", LAST_LENGTHS),
+            ("sizes", "lengths", Kind::Array(4)),
             ("phys_addrs", "phys_addrs", LIST),
         ],
-        "dma_unmap_sg" => &[("phys_addrs", "addrs", LAST_LIST)],
+        "dma_unmap_sg" => &[("phys_addrs", "addrs", LIST)],
         "dma_alloc_sgt" | "dma_free_sgt" => {
-            &[("dma_addr", "dma_addr", HEX), SIZE, ("phys_addrs", "phys_addrs", LAST_LIST)]
+            &[("dma_addr", "dma_addr", HEX), SIZE, ("phys_addrs", "phys_addrs", LIST)]
         }
         _ => &[("dma_addr", "dma_addr", HEX), SIZE, ("virt_addr", "virt_addr", Kind::Pointer)],
     }
@@ -137,7 +132,7 @@ impl Printer {
                 Kind::Decimal => drop(write!(line, "{}", value(record, *field)?)),
                 Kind::Pointer if value(record, *field)? == 0 => line.push_str("0000000000000000"),
                 Kind::Pointer => line.push_str("(ptrval)"),
-                Kind::Array { element, last } => print_array(&mut line, record, *field, element, last)?,
+                Kind::Array(element) => print_array(&mut line, record, *field, element)?,
             }
         }
         if let Some(attrs) = self.attrs.and_then(|f| value(record, f)) {
@@ -168,13 +163,8 @@ fn located(record: &[u8], field: Field) -> Option<(usize, usize)> {
     Some(((at & 0xffff) as usize, (at >> 16) as usize))
 }
 
-fn print_array(line: &mut String, record: &[u8], field: Field, element: usize, last: bool) -> Option<()> {
-    let (offset, mut length) = located(record, field)?;
-    // Lists of 64 KiB and more do not fit the 16 bits of their length; what follows up to the record's end is theirs.
-    let rest = record.len().checked_sub(offset)?;
-    if last && rest > length && (rest - length) % (1 << 16) < 8 && rest - length >= 1 << 16 {
-        length = rest;
-    }
+fn print_array(line: &mut String, record: &[u8], field: Field, element: usize) -> Option<()> {
+    let (offset, length) = located(record, field)?;
     let data = record.get(offset..offset.checked_add(length)?)?;
     line.push('{');
     for (index, bytes) in data.chunks_exact(element).enumerate() {

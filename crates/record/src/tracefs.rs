@@ -12,8 +12,6 @@ use std::path::{Path, PathBuf};
 
 /// Instances are called this and the process number.
 const PREFIX: &str = "outboard-";
-/// Sizes to try for one page of the ring buffer, KiB: no event larger than that is kept. 512 KiB hold a list of 65,000 entries.
-const PAGE_KIB: [u32; 4] = [512, 256, 128, 64];
 /// The kernel's buffers together, MiB, and the bounds for each CPU.
 const TOTAL_MIB: u32 = 256;
 const EACH_MIB: (u32, u32) = (4, 32);
@@ -56,13 +54,6 @@ impl Instance {
         self.write("trace_clock", "mono")?;
         let cpus = u32::try_from(self.cpus()?.len()).unwrap_or(u32::MAX).max(1);
         self.buffer_mib = buffer_mib.unwrap_or((TOTAL_MIB / cpus).clamp(EACH_MIB.0, EACH_MIB.1));
-        // Some pages at least, or most of the buffer would be the ends of pages that an event did not fit into.
-        let pages = PAGE_KIB.iter().filter(|kib| **kib <= self.buffer_mib.saturating_mul(128).max(64));
-        if !pages.into_iter().any(|kib| self.write("buffer_subbuf_size_kb", &kib.to_string()).is_ok()) {
-            let what = "ring buffer".to_owned();
-            let detail = "buffer_subbuf_size_kb takes none of 64 to 512 KiB".to_owned();
-            return Err(Error::Unknown { what, detail });
-        }
         self.write("buffer_size_kb", &(u64::from(self.buffer_mib) << 10).to_string())?;
         let header = Format::parse(&self.read("events/header_page")?);
         let unknown = |what: &str, detail: String| Error::Unknown { what: what.to_owned(), detail };
