@@ -138,7 +138,7 @@ pub fn prepare(paths: &Paths, packages: &Packages, programs: &Path, extras: Extr
     super::formats::prepare(paths, &paths.share().join("kernels/6.12-cloud/Image"))?;
     // A disk that nobody can open for writing: the share is read-only.
     stamp::write_whole(&paths.share().join("kernels/6.12/frozen.raw"), &[0; 4096])?;
-    for program in ["outboard", "hv-conformance"] {
+    for program in ["outboard", "hv-conformance", "host-pci-conformance"] {
         let from = programs.join(program);
         if from.is_file() {
             stamp::copy_if_changed(&from, &paths.share().join("bin").join(program))?;

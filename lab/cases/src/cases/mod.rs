@@ -9,6 +9,7 @@ mod devices;
 mod disk;
 mod dma;
 mod dma_device;
+mod host_pci;
 mod hypervisor;
 mod net;
 mod passthrough;
@@ -24,6 +25,7 @@ pub(crate) fn table() -> Vec<Case> {
     let groups = [
         demo::cases(),
         hypervisor::cases(),
+        host_pci::cases(),
         boot::cases(),
         power::cases(),
         terminal::cases(),
