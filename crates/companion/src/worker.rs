@@ -23,7 +23,9 @@ struct Shared {
 #[derive(Default)]
 struct Jobs {
     waiting: VecDeque<(usize, Batch)>,
-    working: bool,
+    /// Batches handed over and done, since the start: they are done in order.
+    given: u64,
+    done: u64,
     stop: bool,
 }
 
@@ -42,14 +44,18 @@ impl Worker {
 
     /// Leaves `batch` of queue `queue`, which the batch has taken, to the thread.
     pub(crate) fn hand_over(&self, queue: usize, batch: Batch) {
-        self.shared.lock().waiting.push_back((queue, batch));
+        let mut jobs = self.shared.lock();
+        jobs.given += 1;
+        jobs.waiting.push_back((queue, batch));
+        drop(jobs);
         self.shared.changed.notify_all();
     }
 
-    /// Waits until all batches handed over are done.
+    /// Waits until all batches handed over so far are done. A guest that keeps handing over more does not make this longer.
     pub(crate) fn settle(&self) {
-        let busy = |jobs: &mut Jobs| jobs.working || !jobs.waiting.is_empty();
-        let settled = self.shared.changed.wait_while(self.shared.lock(), busy);
+        let jobs = self.shared.lock();
+        let all = jobs.given;
+        let settled = self.shared.changed.wait_while(jobs, |jobs| jobs.done < all);
         drop(settled.unwrap_or_else(PoisonError::into_inner));
     }
 }
@@ -70,14 +76,13 @@ impl Shared {
         let mut jobs = self.lock();
         loop {
             if let Some((index, batch)) = jobs.waiting.pop_front() {
-                jobs.working = true;
                 drop(jobs);
                 let result = batch.run(&self.core, true);
                 if let Some(queue) = self.queues.get(index) {
                     queue.end(result);
                 }
                 jobs = self.lock();
-                jobs.working = false;
+                jobs.done += 1;
                 self.changed.notify_all();
             } else if jobs.stop {
                 return;

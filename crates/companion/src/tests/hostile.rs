@@ -115,6 +115,35 @@ fn a_storm_of_doorbells_with_entries_that_change() {
     rig.no_mistakes();
 }
 
+/// The machine's own thread empties a slot while the guest's vCPUs keep the worker busy without end.
+#[test]
+fn an_endless_storm_does_not_keep_a_slot_from_being_emptied() {
+    let rig = Rig::new();
+    let queues = [0, 1, 2].map(|queue| abi::QUEUE_FIRST + queue * abi::QUEUE_STRIDE);
+    let entries: Vec<Entry> = (0..256).map(unmap).collect();
+    rig.put(QUEUE, &entries);
+    queues.iter().for_each(|queue| rig.write(*queue, Width::B8, QUEUE));
+    let running = AtomicU64::new(1);
+    std::thread::scope(|scope| {
+        for queue in queues {
+            let (rig, running) = (&rig, &running);
+            scope.spawn(move || {
+                while running.load(Ordering::Relaxed) > 0 {
+                    rig.write(queue + abi::QUEUE_DOORBELL_LATER, Width::B4, 256);
+                }
+            });
+        }
+        let _ends = Ends(&running);
+        for _ in 0..20 {
+            rig.slot.host.set_bus_master(false).unwrap();
+            rig.companion.detach(false);
+            assert!(rig.companion.attach(rig.checked.clone(), rig.slot.clone()));
+            rig.write(abi::CONTROL, Width::B4, abi::CONTROL_ENABLE.into());
+        }
+    });
+    assert!(rig.stats()[5] > 0);
+}
+
 #[derive(Clone, Debug)]
 enum Step {
     Entry {
