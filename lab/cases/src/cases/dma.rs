@@ -1,6 +1,8 @@
 //! Every device of the passthrough cases once more, under a Mac's limits: the same drivers, the same data. The module `outboard_dma` is loaded
 //! before, its statistics are looked at after (`guest/dma.rs`), and Outboard runs with a Mac's limits from the kernel too (`host/limits.rs`).
 
+mod stress;
+
 use crate::case::Case;
 
 /// Names of the passthrough cases, and of the same with `dma=mac`.
@@ -16,7 +18,8 @@ const MAC: [(&str, &str); 8] = [
 ];
 
 pub(super) fn cases() -> Vec<Case> {
-    super::passthrough::cases().into_iter().filter_map(mac).collect()
+    let again = super::passthrough::cases().into_iter().filter_map(mac);
+    again.chain(stress::cases()).collect()
 }
 
 fn mac(case: Case) -> Option<Case> {
@@ -37,6 +40,6 @@ mod tests {
             let runs = super::MAC.iter().any(|(plain, _)| *plain == case.name);
             assert_ne!(runs, WITHOUT.contains(&case.name), "{}", case.name);
         }
-        assert!(super::cases().iter().all(|case| Dma::of(case.name) == Dma::Mac));
+        assert!(super::cases().iter().all(|case| Dma::of(case.name) != Dma::Identity));
     }
 }

@@ -9,7 +9,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 const DEBUGFS: &str = "/sys/kernel/debug";
-const MODULE: &str = "outboard_dma";
+/// The module.
+pub const MODULE: &str = "outboard_dma";
 
 /// What a guest that needs the module does before its half: loads it, before any driver of a device.
 pub fn before(guest: &mut Guest) -> Result<()> {
@@ -23,7 +24,7 @@ pub fn before(guest: &mut Guest) -> Result<()> {
 
 /// What it does after its half: tells the statistics, and fails where the module did not do its work in peace.
 pub fn after(guest: &mut Guest) -> Result<()> {
-    if Dma::of(guest.arg("case")?) == Dma::Identity {
+    if Dma::of(guest.arg("case")?) == Dma::Identity || guest.own_dma_check {
         return Ok(());
     }
     for folder in domains()? {

@@ -1,9 +1,12 @@
 //! Playback of silence through the kernel's PCM interface (Linux, include/uapi/sound/asound.h).
 #![allow(unsafe_code)] // UNSAFETY: three ioctls of sound devices that no safe wrapper has.
 
+use super::wait_for;
 use anyhow::{Context, Result};
 use std::fs::{self, File, OpenOptions};
 use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::time::Duration;
 
 /// Frames per second.
 pub const RATE: u32 = 48_000;
@@ -81,6 +84,8 @@ impl Playback {
     /// Opens device 0 of card `card`: 48 kHz, two channels, 16 bits.
     pub fn open(card: u32) -> Result<Self> {
         let path = format!("/dev/snd/pcmC{card}D0p");
+        // The card shows in sysfs before its codec has been found and has a node.
+        wait_for(&path, Duration::from_secs(30), || Path::new(&path).exists().then_some(()))?;
         let file = OpenOptions::new().read(true).write(true).open(&path);
         let file = file.with_context(|| format!("cannot open {path}"))?;
         let mut params = HwParams {

@@ -1,0 +1,182 @@
+//! The module under a load that no driver makes, from inside the guest's kernel (`guest/module/tests/stress.c`), at a Mac's limits and at small
+//! ones; then its end: leaks, unbinding, unloading, and a disk that works after all that.
+
+use crate::case::{Case, Group};
+use crate::data::Pattern;
+use crate::guest::Guest;
+use crate::guest::disk::GuestDisk;
+use crate::guest::dma::{MODULE, Stats, domains};
+use crate::guest::function::GuestFunction;
+use crate::host::{Assigned, Dma, Host, Kernel, Port};
+use anyhow::{Context, Result, bail, ensure};
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+const STEP: Duration = Duration::from_secs(900);
+const CPUS: u32 = 4;
+const MEMORY_MIB: u64 = 2048;
+const NVME_CLASS: u32 = 0x01_0802;
+const STRESS: &str = "outboard_stress";
+const RUN: &str = "/sys/kernel/debug/outboard_stress/run";
+const GRANULE: u64 = 16 << 10;
+
+pub(super) fn cases() -> Vec<Case> {
+    let case = |name, about| Case { name, about, limit_s: 1800, group: Group::Test, host, guest };
+    vec![
+        case("dma-mac-stress", "the module under load from 4 vCPUs in every context, at a Mac's limits"),
+        case("dma-tight-stress", "the same at 24 MiB in 666 mappings"),
+    ]
+}
+
+fn host(host: &Host) -> Result<Option<String>> {
+    let assigned = Assigned::bind(&[Port::Nvme])?;
+    let spec = host.guest(Kernel::V6_12).devices(&assigned).cpus(CPUS).memory_mib(MEMORY_MIB);
+    let mut vm = host.start(&spec)?;
+    loop {
+        let (name, text) = match vm.note("stress", STEP)? {
+            serde_json::Value::Array(pair) if pair.len() == 2 => (pair[0].clone(), pair[1].clone()),
+            _ => break,
+        };
+        let text = text.as_str().unwrap_or_default().replace('\n', ", ");
+        host.log(format!("{}: {}", name.as_str().unwrap_or_default(), text.trim_end_matches(", ")));
+    }
+    vm.finish(STEP)?;
+    // Nothing is pinned any more, and the IOMMU saw no fault.
+    assigned.release()?;
+    Ok(None)
+}
+
+fn guest(guest: &mut Guest) -> Result<()> {
+    guest.check_dma_myself();
+    guest.need(STRESS)?;
+    let function = GuestFunction::the(NVME_CLASS)?;
+    bind(&function, STRESS)?;
+    if Dma::of(guest.arg("case")?) == Dma::Tight {
+        tight(guest)?
+    } else {
+        full(guest)?
+    }
+    refuses_to_go(guest)?;
+    leaks(guest, &function)?;
+    guest.unload(STRESS)?;
+    guest.unload(MODULE)?;
+    guest.need(MODULE)?;
+    works_again(guest, &function)?;
+    guest.note("stress", "end");
+    Ok(())
+}
+
+/// At a Mac's limits.
+fn full(guest: &Guest) -> Result<()> {
+    let clusters = run(guest, "clusters 60000")?;
+    ensure!(clusters["live"] == 60_000 && clusters["failed"] == 0, "{clusters:?}");
+    let scattered = run(guest, &format!("spread {}", 256 << 10))?;
+    ensure!(scattered["failed"] == 0 && scattered["live"] > 7_000, "{scattered:?}");
+    let mixed = run(guest, "mixed 400")?;
+    check_mixed(&mixed)?;
+    ensure!(mixed["failed"] == 0 && mixed["lists_failed"] == 0, "{mixed:?}");
+    // More than the host maps: one page in each granule of RAM. Nine tenths of the limit must be reached.
+    let limit = 1536 << 20;
+    let beyond = run(guest, &format!("spread {GRANULE}"))?;
+    let reached = beyond["live"] * GRANULE;
+    ensure!(beyond["failed"] > 0 && reached <= limit && reached >= limit / 10 * 9, "{beyond:?}");
+    let after = run(guest, "clusters 20000")?;
+    ensure!(after["failed"] == 0, "it does not recover: {after:?}");
+    Ok(())
+}
+
+/// At 24 MiB in 666 mappings: the entries run out first where pages are scattered, the bytes where they are not.
+fn tight(guest: &Guest) -> Result<()> {
+    let scattered = run(guest, &format!("spread {}", 256 << 10))?;
+    ensure!(scattered["failed"] > 0 && (600..=666).contains(&scattered["live"]), "{scattered:?}");
+    let dense = run(guest, &format!("spread {GRANULE}"))?;
+    ensure!(dense["failed"] > 0 && dense["live"] >= 666, "{dense:?}");
+    check_mixed(&run(guest, "mixed 400")?)?;
+    let after = run(guest, "clusters 1000")?;
+    ensure!(after["failed"] == 0, "it does not recover: {after:?}");
+    Ok(())
+}
+
+fn check_mixed(report: &BTreeMap<String, u64>) -> Result<()> {
+    for place in ["in_process", "irqs_off", "in_softirq", "in_hardirq"] {
+        ensure!(report[place] > 0, "no step {place}: {report:?}");
+    }
+    ensure!(report["lists"] > 0 && report["mapped"] > 0, "{report:?}");
+    ensure!(report["segments"] < report["entries"], "no neighbours were merged: {report:?}");
+    Ok(())
+}
+
+/// Runs a command of the stress module, and looks at what it left.
+fn run(guest: &Guest, command: &str) -> Result<BTreeMap<String, u64>> {
+    let before = Stats::read(&domains()?[0])?;
+    let result = fs::write(RUN, command);
+    let text = fs::read_to_string(RUN)?;
+    let after = Stats::read(&domains()?[0])?;
+    let exits = after.value("exits")? - before.value("exits")?;
+    guest.note("stress", vec![command.to_owned(), format!("{text}exits {exits}")]);
+    result.with_context(|| format!("'{command}' failed: {text}"))?;
+    let numbers = text
+        .lines()
+        .filter_map(|line| line.split_once(' '))
+        .filter_map(|(key, value)| Some((key.to_owned(), value.parse().ok()?)));
+    let report: BTreeMap<String, u64> = numbers.collect();
+    for key in
+        ["live", "used_windows", "used_bytes", "slack_bytes", "unknown", "lost", "leaks", "host_refused"]
+    {
+        ensure!(after.value(key)? == 0, "{key} after '{command}':\n{}", after.text);
+    }
+    let counted = after.value("failed")? - before.value("failed")?;
+    let failed = report["failed"] + report["lists_failed"];
+    ensure!(
+        counted == i64::try_from(failed)?,
+        "{failed} calls failed, {counted} are counted:\n{}",
+        after.text
+    );
+    Ok(report)
+}
+
+/// While a driver is bound the module stays.
+fn refuses_to_go(guest: &Guest) -> Result<()> {
+    match guest.unload(MODULE) {
+        Ok(()) => bail!("the module could be unloaded while a driver used it"),
+        Err(_) => Ok(()),
+    }
+}
+
+/// What a driver forgets is counted when it goes, and stays mapped until the module goes.
+fn leaks(guest: &Guest, function: &GuestFunction) -> Result<()> {
+    const LEAKED: i64 = 100;
+    fs::write(RUN, format!("leak {LEAKED}"))?;
+    fs::write(function.folder().join("driver/unbind"), &function.address)?;
+    let stats = Stats::read(&domains()?[0])?;
+    guest.note("stress", vec!["unbound".to_owned(), stats.text.clone()]);
+    ensure!(stats.value("leaks")? == LEAKED, "leaks:\n{}", stats.text);
+    let (mapped, used) = (stats.value("mapped_windows")?, stats.value("used_windows")?);
+    ensure!(mapped == used && used > 0, "idle windows are left:\n{}", stats.text);
+    Ok(())
+}
+
+fn works_again(guest: &mut Guest, function: &GuestFunction) -> Result<()> {
+    fs::write(function.folder().join("driver_override"), "\n")?;
+    guest.need("nvme")?;
+    fs::write("/sys/bus/pci/drivers_probe", &function.address)?;
+    function.wait_driver("nvme")?;
+    let disk = GuestDisk::direct("nvme0n1")?;
+    disk.write_pattern(Pattern(4711), 0, 512)?;
+    disk.flush()?;
+    disk.check_pattern(Pattern(4711), 0, 512)?;
+    let stats = Stats::read(&domains()?[0])?;
+    ensure!(stats.value("maps")? > 0 && stats.value("failures")? == 0, "{}", stats.text);
+    Ok(())
+}
+
+fn bind(function: &GuestFunction, driver: &str) -> Result<()> {
+    fs::write(function.folder().join("driver_override"), driver)?;
+    let place = Path::new("/sys/bus/pci/drivers").join(driver).join("bind");
+    if !function.folder().join("driver").exists() {
+        fs::write(place, &function.address).with_context(|| format!("cannot bind {driver}"))?;
+    }
+    function.wait_driver(driver)
+}
