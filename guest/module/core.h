@@ -82,6 +82,7 @@ const struct odma_core *odma_core_create(const struct odma_core_config *config, 
 
 /* Any context, no lock. */
 u64 odma_core_hit(const struct odma_core *core, u64 start, u64 len);
+int odma_core_hopeless(const struct odma_core *core, u64 start, u64 len);
 int odma_core_release(const struct odma_core *core, u64 bus, u64 len);
 u64 odma_core_next_window(const struct odma_core *core, u64 from, struct odma_window *window);
 

@@ -54,12 +54,14 @@ dma_addr_t odma_map(struct device *dev, phys_addr_t phys, size_t size, u64 mask,
 	bool hit = bus != ODMA_UNRESOLVED;
 
 	if (!hit) {
+		int failure = odma_core_hopeless(domain->core, phys, size);
 		unsigned long flags;
-		int failure;
 
-		raw_spin_lock_irqsave(&domain->lock, flags);
-		failure = odma_core_map(domain->core, phys, size, &bus);
-		raw_spin_unlock_irqrestore(&domain->lock, flags);
+		if (!failure) {
+			raw_spin_lock_irqsave(&domain->lock, flags);
+			failure = odma_core_map(domain->core, phys, size, &bus);
+			raw_spin_unlock_irqrestore(&domain->lock, flags);
+		}
 		this_cpu_inc(client->counts->misses);
 		if (failure) {
 			odma_failed(client, failure, phys, size, attrs);

@@ -55,8 +55,8 @@ static void set_entry_bus(struct odma_list *list, u32 index, u64 bus)
 	sg_dma_address(seek(list, index)) = bus;
 }
 
-/* The lock-free way: all entries, or none. */
-static bool hit_all(struct odma_domain *domain, struct scatterlist *first, int nents)
+/* The lock-free way: all entries, or none. What makes the others hopeless goes to failure. */
+static bool hit_all(struct odma_domain *domain, struct scatterlist *first, int nents, int *failure)
 {
 	struct scatterlist *sg, *undo;
 	int i, j;
@@ -66,6 +66,7 @@ static bool hit_all(struct odma_domain *domain, struct scatterlist *first, int n
 		if (unlikely(sg_dma_address(sg) == ODMA_UNRESOLVED)) {
 			for_each_sg(first, undo, i, j)
 				odma_core_release(domain->core, sg_dma_address(undo), undo->length);
+			*failure = odma_core_hopeless(domain->core, sg_phys(sg), sg->length);
 			return false;
 		}
 	}
@@ -141,14 +142,15 @@ int odma_map_sg(struct device *dev, struct scatterlist *first, int nents, enum d
 	struct odma_client *client = odma_client_of(dev);
 	struct odma_domain *domain = client->domain;
 	struct scatterlist *sg;
-	int i, failure, segments;
+	int i, failure = 0, segments;
 
 	if (nents <= 0)
 		return -EINVAL;
-	if (hit_all(domain, first, nents)) {
+	if (hit_all(domain, first, nents, &failure)) {
 		this_cpu_inc(client->counts->hits);
 	} else {
-		failure = map_all(domain, first, nents);
+		if (!failure)
+			failure = map_all(domain, first, nents);
 		this_cpu_inc(client->counts->misses);
 		if (failure) {
 			odma_failed(client, failure, sg_phys(first), first->length, attrs);

@@ -1,5 +1,7 @@
 //! `cargo xtask bench`: Outboard beside the distribution's QEMU in the same lab session.
 
+mod dma;
+
 use crate::lab::{self, Sample};
 use crate::paths::Paths;
 use anyhow::{Context, Result, bail};
@@ -7,7 +9,7 @@ use clap::{Args, Subcommand};
 use lab_cases::protocol::Vmm;
 use serde::Serialize;
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Options of `cargo xtask bench`.
 #[derive(Args)]
@@ -20,6 +22,12 @@ pub struct Options {
 enum What {
     /// Time to init, memory, MMIO, disk, network
     Boot {
+        /// Write ratios and medians as JSON
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+    },
+    /// DMA mappings: the guest's module beside the published scheme
+    Dma {
         /// Write ratios and medians as JSON
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
@@ -51,7 +59,10 @@ struct Medians {
 
 /// Runs the benchmark and prints its results.
 pub fn run(paths: &Paths, options: &Options) -> Result<bool> {
-    let What::Boot { json } = &options.what;
+    let json = match &options.what {
+        What::Boot { json } => json,
+        What::Dma { json } => return dma::run(paths, json.as_deref()),
+    };
     let samples = lab::samples(paths, "bench-boot")?;
     let results = evaluate(&samples)?;
     println!("{:<20} {:>12} {:>12} {:>8}", "median of 5", "Outboard", "QEMU", "ratio");
@@ -59,10 +70,7 @@ pub fn run(paths: &Paths, options: &Options) -> Result<bool> {
         let Medians { outboard, qemu } = results.medians[name];
         println!("{name:<20} {outboard:>12.2} {qemu:>12.2} {:>8.3}  {unit}", results.ratios[name]);
     }
-    if let Some(file) = json {
-        let text = serde_json::to_string_pretty(&results)?;
-        std::fs::write(file, text + "\n").with_context(|| format!("cannot write {}", file.display()))?;
-    }
+    write(&results, json.as_deref())?;
     Ok(true)
 }
 
@@ -80,6 +88,12 @@ fn evaluate(samples: &[Sample]) -> Result<Results> {
         results.ratios.insert(name, outboard / qemu);
     }
     Ok(results)
+}
+
+fn write(results: &impl Serialize, file: Option<&Path>) -> Result<()> {
+    let Some(file) = file else { return Ok(()) };
+    let text = serde_json::to_string_pretty(results)?;
+    std::fs::write(file, text + "\n").with_context(|| format!("cannot write {}", file.display()))
 }
 
 fn median(mut values: Vec<f64>) -> Option<f64> {

@@ -33,7 +33,11 @@ enum Task {
     /// Run every check: lints, tests of the crates, cases in the lab
     Test(test::Options),
     /// Build the guest's kernel module for the lab's kernels
-    Module,
+    Module {
+        /// And for the newest kernel of Debian unstable, with what this machine has of compilers
+        #[arg(long)]
+        newest: bool,
+    },
     /// Build the guest's kernel module as a Debian package for DKMS
     Package {
         /// Also build the module out of the package, as DKMS does, for the lab's kernels
@@ -68,7 +72,7 @@ fn run(task: &Task) -> Result<bool> {
     match task {
         Task::Lab(options) => lab::run(&paths, options),
         Task::Test(options) => test::run(&paths, options),
-        Task::Module => lab::build_modules(&paths),
+        Task::Module { newest } => lab::build_modules(&paths, *newest),
         Task::Package { check } => package::run(&paths, *check),
         Task::Bench(options) => bench::run(&paths, options),
         Task::Lint => {

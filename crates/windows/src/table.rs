@@ -6,7 +6,7 @@ use crate::busmap::BusMap;
 use crate::list::{List, UNRESOLVED};
 use crate::rammap::RamMap;
 use crate::slot::{Slot, State, UNQUEUED};
-use crate::{Limits, Policy, Range};
+use crate::{Failure, Limits, Policy, Range};
 
 /// A release named a bus range at which no such reference exists: a double unmap, or a wrong address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -144,6 +144,22 @@ impl<'a> Table<'a> {
             bytes: self.pinned_bytes.load(Ordering::Relaxed),
             entries: self.pinned.load(Ordering::Relaxed),
             slack: if slack > u64::MAX / 2 { 0 } else { slack },
+        }
+    }
+
+    /// Why `range`, which was not hit, cannot be mapped now whatever is evicted; `None` if the planner may find a way. Spares a hopeless call the
+    /// planner's lock: while a budget is used up, every call of every CPU is one.
+    pub fn hopeless(&self, range: Range) -> Option<Failure> {
+        let Some(need) = range.rounded().filter(|need| self.ram.region(*need).is_some()) else {
+            return Some(Failure::NotRam(range));
+        };
+        let used = self.pinned();
+        if used.bytes.checked_add(need.len).is_none_or(|sum| sum > self.limits.bytes) {
+            Some(Failure::Bytes)
+        } else if used.entries >= self.limits.entries {
+            Some(Failure::Entries)
+        } else {
+            None
         }
     }
 

@@ -7,8 +7,12 @@
  *   spread BYTES one live mapping of 4 KiB in each BYTES of all RAM, released in random order; what fails, fails
  *   leak N       as clusters, and forgets them
  *   mixed N      N steps on each CPU: singles and lists, in process, with interrupts off, in softirqs and in hard interrupts
+ *   churn MODE LIVE PAIRS  nanoseconds of an unmapping and a mapping, MODE ours or published
+ *   lists MODE N           N lists of 256 entries; exits of the published scheme
  */
 #include "stress.h"
+
+#include "bench.h"
 
 #include <linux/debugfs.h>
 #include <linux/ioport.h>
@@ -257,7 +261,10 @@ static int run(void (*step)(struct worker *), u64 most, u64 stride, u32 rounds, 
 static int command(const char *text)
 {
 	u64 ram = stress_ram_end - stress_ram_start, number;
+	int error = bench_command(device, text, report, sizeof(report));
 
+	if (error != -ENOENT)
+		return error;
 	if (sscanf(text, "clusters %llu", &number) == 1 && number > 0 && number < 1 << 22)
 		return run(cluster_step, number, 0, 0, false);
 	if (sscanf(text, "spread %llu", &number) == 1 && number >= PAGE_SIZE && number <= ram)

@@ -11,6 +11,9 @@ use std::process::Command;
 /// Key of the distribution, from the package `debian-archive-keyring`; a Debian machine has it.
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
+/// The suite that packages enter first.
+pub const UNSTABLE: &str = "sid";
+
 /// Which packages count as installed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Status {
@@ -185,6 +188,10 @@ fn sources(mirrors: &Mirrors, release: &str, architecture: &str) -> String {
         options.extend(source.options.iter().cloned());
         format!("deb [{}] {} {suite} main\n", options.join(" "), source.uri)
     };
+    if release == UNSTABLE {
+        // It has no updates beside it.
+        return line(&mirrors.main, release);
+    }
     line(&mirrors.main, release)
         + &line(&mirrors.main, &format!("{release}-updates"))
         + &line(&mirrors.security, &format!("{release}-security"))

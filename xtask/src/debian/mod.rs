@@ -4,4 +4,4 @@ mod apt;
 mod mirrors;
 pub mod setup;
 
-pub use apt::{Apt, Status, unpack};
+pub use apt::{Apt, Status, UNSTABLE, unpack};

@@ -1,13 +1,17 @@
 //! A kernel's headers and its build programs, unpacked beside each other under `target/lab/headers`.
 
-use crate::debian::{Apt, Status, unpack};
+use crate::debian::{Apt, Status, UNSTABLE, unpack};
 use crate::lab::RELEASE;
 use crate::paths::Paths;
 use crate::{process, stamp};
 use anyhow::{Context, Result};
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+
+/// The lab's name for the newest kernel.
+pub const NEWEST: &str = "newest";
 
 /// Unpacked headers, ready for `make -C`.
 pub struct Headers {
@@ -46,6 +50,82 @@ pub fn prepare(paths: &Paths, name: &str, image: &str) -> Result<Headers> {
     Ok(Headers { build, variables: vec![("CC".into(), compiler)] })
 }
 
+/// The same for the newest kernel that Debian has at all, which only ever is compiled for. What is there
+/// stays until `target/lab/headers/newest` is deleted.
+pub fn prepare_newest(paths: &Paths) -> Result<Headers> {
+    let root = paths.lab.join("headers").join(NEWEST);
+    let place = root.join("build");
+    stamp::once(paths, "headers-newest", "5", &[&place], || {
+        if root.exists() {
+            fs::remove_dir_all(&root)?;
+        }
+        let apt = Apt::new(paths.lab.join("apt-newest"), "arm64", UNSTABLE, Status::Empty)?;
+        apt.update()?;
+        let headers = apt.resolve("linux-headers-arm64", "linux-headers-")?;
+        let common = apt.resolve(&headers, "linux-headers-")?;
+        let programs = apt.resolve(&headers, "linux-kbuild-")?;
+        let native =
+            Apt::new(paths.lab.join("apt-newest-kbuild"), machine()?.trim(), UNSTABLE, Status::Empty)?;
+        native.update()?;
+        let mut files = apt.download(&[headers.clone(), common])?;
+        files.extend(native.download(std::slice::from_ref(&programs))?);
+        // The build programs want a C library that this machine may not have yet.
+        files.extend(native.download_with_dependencies(std::slice::from_ref(&programs))?);
+        for file in files {
+            unpack(&file, &root)?;
+        }
+        let build = root.join("usr/src").join(&headers);
+        relocate(&root, &build.join("Makefile"))?;
+        with_own_libraries(&root, &root.join("usr/lib").join(programs))?;
+        std::os::unix::fs::symlink(&build, &place).with_context(|| format!("cannot make {}", place.display()))
+    })?;
+    let build = fs::canonicalize(&place)?;
+    let set = |key: &str, value: &str| (key.to_owned(), value.to_owned());
+    let variables = vec![
+        set("CC", &format!("{}gcc", super::CROSS)),
+        // Options and tools newer than this machine's. None of them changes what the module is made of.
+        set("CONFIG_CC_HAS_MIN_FUNCTION_ALIGNMENT", ""),
+        set("CONFIG_DEBUG_INFO_BTF_MODULES", ""),
+        set("KCFLAGS", "-Wno-attributes"),
+    ];
+    Ok(Headers { build, variables })
+}
+
+/// Has each program below `folder` start with the libraries unpacked in `root`.
+fn with_own_libraries(root: &Path, folder: &Path) -> Result<()> {
+    let candidates = ["usr/lib/x86_64-linux-gnu", "usr/lib/aarch64-linux-gnu"].map(|name| root.join(name));
+    let libraries = candidates.iter().find(|folder| folder.join("libc.so.6").exists());
+    let libraries = libraries.context("the newest C library has no libc.so.6")?;
+    let loaders = ["ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1"].map(|name| libraries.join(name));
+    let loader = loaders.iter().find(|path| path.exists()).context("the newest C library has no loader")?;
+    let mut folders = vec![folder.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder).with_context(|| format!("cannot read {}", folder.display()))? {
+            let path = entry?.path();
+            let library = path.extension().is_some_and(|ending| ending == "so" || ending == "o");
+            let program = path.is_file() && !library;
+            if path.is_dir() && !path.is_symlink() {
+                folders.push(path);
+            } else if program && fs::read(&path)?.starts_with(b"\x7fELF") {
+                let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+                let own = folder.join(format!(".{name}"));
+                fs::rename(&path, &own)?;
+                let (loader, libraries, own) = (loader.display(), libraries.display(), own.display());
+                // Some start others that are named after them.
+                let head = format!("#!/bin/sh\nexec '{loader}' --argv0 \"$0\" --library-path '{libraries}'");
+                let script = format!("{head} '{own}' \"$@\"\n");
+                stamp::write_whole(&path, script.as_bytes())?;
+                fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn machine() -> Result<String> {
+    process::output(Command::new("dpkg").arg("--print-architecture"), "dpkg")
+}
+
 fn fetch(paths: &Paths, root: &Path, version: &str) -> Result<()> {
     let headers = format!("linux-headers-{version}");
     let arm64 = Apt::new(paths.lab.join("apt-arm64"), "arm64", RELEASE, Status::Empty)?;
@@ -54,8 +134,7 @@ fn fetch(paths: &Paths, root: &Path, version: &str) -> Result<()> {
     let programs = arm64.resolve(&headers, "linux-kbuild-")?;
     let mut files = arm64.download(&[headers, common])?;
     // They run here, so they are this machine's.
-    let machine = process::output(Command::new("dpkg").arg("--print-architecture"), "dpkg")?;
-    let native = Apt::new(paths.lab.join("apt-kbuild"), machine.trim(), RELEASE, Status::Empty)?;
+    let native = Apt::new(paths.lab.join("apt-kbuild"), machine()?.trim(), RELEASE, Status::Empty)?;
     native.update()?;
     files.extend(native.download(&[programs])?);
     for file in files {

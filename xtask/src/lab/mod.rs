@@ -16,6 +16,7 @@ pub use report::Counts;
 
 use crate::arm64::Toolchain;
 use crate::debian::setup;
+use crate::guest_module;
 use crate::paths::Paths;
 use images::Extras;
 use report::{CaseResult, Progress, Report};
@@ -25,6 +26,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
 use lab_cases::Group;
 use lab_cases::protocol::{Command, Event, Outcome, Vmm};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -143,6 +145,18 @@ pub fn samples(paths: &Paths, case: &str) -> Result<Vec<Sample>> {
         bail!("{reason}");
     }
     Ok(report.samples)
+}
+
+/// Runs a case by itself and returns the facts that it found.
+pub fn facts(paths: &Paths, case: &str) -> Result<BTreeMap<String, serde_json::Value>> {
+    let (mut progress, mut report) = (Progress::new(), Report::default());
+    let result = prepare_and_run(paths, &[case.to_owned()], Vmm::Outboard, &mut progress, &mut report);
+    progress.clear();
+    result.with_context(|| format!("the logs are kept in {}", paths.logs().display()))?;
+    if let Some(CaseResult { outcome: Outcome::Failed(reason), .. }) = report.cases.pop() {
+        bail!("{reason}");
+    }
+    Ok(report.facts)
 }
 
 /// Names of the cases that `--cases` runs.
@@ -284,9 +298,13 @@ fn print_summary(report: &Report, took: Duration) {
 }
 
 /// `cargo xtask module`: builds the guest's kernel module and says where it is.
-pub fn build_modules(paths: &Paths) -> Result<bool> {
+pub fn build_modules(paths: &Paths, newest: bool) -> Result<bool> {
     let packages = packages::Packages::prepare(paths)?;
-    for (kernel, built) in images::guest_modules(paths, &packages)? {
+    let mut all = images::guest_modules(paths, &packages)?;
+    if newest {
+        all.insert("newest".into(), guest_module::build_newest(paths)?);
+    }
+    for (kernel, built) in all {
         for file in built.files {
             println!("  {kernel:<6} {}", file.display());
         }

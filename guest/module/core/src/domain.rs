@@ -54,6 +54,11 @@ impl<'a, D: Device> Domain<'a, D> {
         self.table.release(bus, len)
     }
 
+    /// See [`Table::hopeless`].
+    pub fn hopeless(&self, range: Range) -> Option<Failure> {
+        self.table.hopeless(range)
+    }
+
     /// The window in slot `index`; see [`Table::window`].
     pub fn window(&self, index: usize) -> Option<Window> {
         self.table.window(index)

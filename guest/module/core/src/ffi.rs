@@ -168,6 +168,17 @@ pub unsafe extern "C" fn odma_core_hit(core: *const Core, start: u64, len: u64) 
     unsafe { &*core }.hit(Range { start, len }).unwrap_or(UNRESOLVED)
 }
 
+/// Why `len` bytes at `start`, which were not hit, cannot be mapped now: an `enum odma_failure`; 0 if [`odma_core_map`] may do it. Any context, no
+/// lock.
+///
+/// # Safety
+/// As [`odma_core_hit`].
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn odma_core_hopeless(core: *const Core, start: u64, len: u64) -> i32 {
+    // SAFETY: the caller's promise.
+    unsafe { &*core }.hopeless(Range { start, len }).map_or(0, code)
+}
+
 /// Drops the reference of `len` bytes at bus address `bus`: 0, or 1 if there is none. Any context, no lock.
 ///
 /// # Safety

@@ -6,6 +6,7 @@ use outboard_dart::{Config as DartConfig, Dart, MapError, Release};
 use outboard_dma_core::ffi::*;
 use std::cell::UnsafeCell;
 use std::ffi::c_void;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
 const MIB: u64 = 1 << 20;
@@ -96,6 +97,7 @@ struct Module {
     device: Box<UnsafeCell<Device>>,
     memory: Vec<u64>,
     lock: Mutex<()>,
+    hopeless: AtomicU64,
 }
 
 // SAFETY: the device is only touched under the lock.
@@ -140,7 +142,7 @@ impl Module {
         // SAFETY: `memory` and the queue live as long as the module.
         let core = unsafe { odma_core_create(&config, memory.as_mut_ptr().cast(), len) };
         assert!(!core.is_null());
-        Self { core, device, memory, lock: Mutex::new(()) }
+        Self { core, device, memory, lock: Mutex::new(()), hopeless: AtomicU64::new(0) }
     }
 
     fn lock(&self) -> MutexGuard<'_, ()> {
@@ -157,6 +159,12 @@ impl Module {
         let hit = unsafe { odma_core_hit(self.core, start, len) };
         if hit != u64::MAX {
             return Ok(hit);
+        }
+        // SAFETY: the domain is valid.
+        let hopeless = unsafe { odma_core_hopeless(self.core, start, len) };
+        if hopeless != 0 {
+            self.hopeless.fetch_add(1, Ordering::Relaxed);
+            return Err(hopeless);
         }
         let mut bus = 0;
         let _held = self.lock();
@@ -297,7 +305,8 @@ fn several_threads_under_pressure_leave_nothing_behind() {
         threads.into_iter().map(|thread| thread.join().expect("no panic")).sum()
     });
     let stats = module.stats();
-    assert_eq!(stats.failures, failed, "each failure is counted");
+    let hopeless = module.hopeless.load(Ordering::Relaxed);
+    assert_eq!(stats.failures + hopeless, failed, "each failure is counted");
     assert_eq!((stats.lost, stats.exchange.refused), (0, 0));
     assert!(stats.evicted > 0, "there was pressure");
     assert!(module.is_empty());

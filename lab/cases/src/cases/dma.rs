@@ -1,6 +1,7 @@
 //! Every device of the passthrough cases once more, under a Mac's limits: the same drivers, the same data. The module `outboard_dma` is loaded
 //! before, its statistics are looked at after (`guest/dma.rs`), and Outboard runs with a Mac's limits from the kernel too (`host/limits.rs`).
 
+mod bench;
 mod stress;
 
 use crate::case::Case;
@@ -19,7 +20,7 @@ const MAC: [(&str, &str); 8] = [
 
 pub(super) fn cases() -> Vec<Case> {
     let again = super::passthrough::cases().into_iter().filter_map(mac);
-    again.chain(stress::cases()).collect()
+    again.chain(stress::cases()).chain(bench::cases()).collect()
 }
 
 fn mac(case: Case) -> Option<Case> {

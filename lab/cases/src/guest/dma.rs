@@ -27,14 +27,18 @@ pub fn after(guest: &mut Guest) -> Result<()> {
     if Dma::of(guest.arg("case")?) == Dma::Identity || guest.own_dma_check {
         return Ok(());
     }
+    // Not every device that a guest has needs to have a driver.
+    let mut maps = 0;
     for folder in domains()? {
         let stats = Stats::read(&folder)?;
         guest.note("dma", stats.text.as_str());
-        ensure!(stats.value("maps")? > 0, "nothing was mapped through the module:\n{}", stats.text);
+        maps += stats.value("maps")?;
         for key in ["failures", "lost", "leaks", "host_refused", "unknown", "masked", "refused", "failed"] {
-            ensure!(stats.value(key)? == 0, "{key} is not 0:\n{}", stats.text);
+            // Counted by function, and there is none before a driver binds.
+            ensure!(stats.value(key).unwrap_or(0) == 0, "{key} is not 0:\n{}", stats.text);
         }
     }
+    ensure!(maps > 0, "nothing was mapped through the module");
     Ok(())
 }
 
