@@ -6,6 +6,7 @@
  *   clusters N   N live mappings of 4 KiB in clusters of 16 to 64, shared out among the CPUs, released in random order
  *   spread BYTES one live mapping of 4 KiB in each BYTES of all RAM, released in random order; what fails, fails
  *   leak N       as clusters, and forgets them
+ *   fill BYTES   one live mapping of BYTES in each BYTES, likewise
  *   mixed N      N steps on each CPU: singles and lists, in process, with interrupts off, in softirqs and in hard interrupts
  *   churn MODE LIVE PAIRS  nanoseconds of an unmapping and a mapping, MODE ours or published
  *   lists MODE N           N lists of 256 entries; exits of the published scheme
@@ -64,17 +65,20 @@ static void cluster_step(struct worker *worker)
 		stress_map(worker, block + i * PAGE_SIZE, PAGE_SIZE);
 }
 
-/* Some of the pages of RAM that lie `stride` apart, this CPU's share. */
+/* Some of the pieces of RAM, `stride` long each, that are this CPU's share. */
 static void spread_step(struct worker *worker)
 {
 	u64 places = (stress_ram_end - stress_ram_start) / worker->stride;
 	int i;
 
 	for (i = 0; i < 16 && worker->first < places; i++, worker->first += cpus) {
-		u64 within = worker->stride > PAGE_SIZE ?
-			     (u64)stress_random(worker, worker->stride / PAGE_SIZE) * PAGE_SIZE : 0;
+		phys_addr_t piece = stress_ram_start + worker->first * worker->stride;
+		u64 within = (u64)stress_random(worker, worker->stride / PAGE_SIZE) * PAGE_SIZE;
 
-		stress_map(worker, stress_ram_start + worker->first * worker->stride + within, PAGE_SIZE);
+		if (worker->whole)
+			stress_map(worker, piece, worker->stride);
+		else
+			stress_map(worker, piece + within, PAGE_SIZE);
 	}
 }
 
@@ -177,7 +181,7 @@ static void free_workers(void)
 	workers = NULL;
 }
 
-static int make_workers(void (*step)(struct worker *), u64 most, u64 stride, u32 rounds)
+static int make_workers(void (*step)(struct worker *), u64 most, u64 stride, u32 rounds, bool whole)
 {
 	int cpu, i = 0, j;
 
@@ -194,6 +198,7 @@ static int make_workers(void (*step)(struct worker *), u64 most, u64 stride, u32
 		worker->step = step;
 		worker->first = i++;
 		worker->stride = stride;
+		worker->whole = whole;
 		worker->rounds = rounds;
 		prandom_seed_state(&worker->random, 4711 + cpu);
 		init_completion(&worker->done);
@@ -224,9 +229,9 @@ static u64 sum(size_t offset)
 
 #define SUM(field) sum(offsetof(struct worker, field))
 
-static int run(void (*step)(struct worker *), u64 most, u64 stride, u32 rounds, bool keep)
+static int run(void (*step)(struct worker *), u64 most, u64 stride, u32 rounds, bool whole, bool keep)
 {
-	int i, at = 0, error = make_workers(step, most, stride, rounds);
+	int i, at = 0, error = make_workers(step, most, stride, rounds, whole);
 	const char *wrong = NULL;
 	ktime_t begin = ktime_get(), mapped;
 	u64 live = 0;
@@ -266,13 +271,15 @@ static int command(const char *text)
 	if (error != -ENOENT)
 		return error;
 	if (sscanf(text, "clusters %llu", &number) == 1 && number > 0 && number < 1 << 22)
-		return run(cluster_step, number, 0, 0, false);
+		return run(cluster_step, number, 0, 0, false, false);
 	if (sscanf(text, "spread %llu", &number) == 1 && number >= PAGE_SIZE && number <= ram)
-		return run(spread_step, ram / number + num_online_cpus(), number, 0, false);
+		return run(spread_step, ram / number + num_online_cpus(), number, 0, false, false);
+	if (sscanf(text, "fill %llu", &number) == 1 && number >= PAGE_SIZE && number <= SZ_1G)
+		return run(spread_step, ram / number + num_online_cpus(), number, 0, true, false);
 	if (sscanf(text, "mixed %llu", &number) == 1 && number > 0 && number < 1 << 22)
-		return run(stress_mixed_step, 40000, 0, number, false);
+		return run(stress_mixed_step, 40000, 0, number, false, false);
 	if (sscanf(text, "leak %llu", &number) == 1 && number > 0 && number < 1 << 16)
-		return run(cluster_step, number, 0, 0, true);
+		return run(cluster_step, number, 0, 0, false, true);
 	return -EINVAL;
 }
 

@@ -49,7 +49,8 @@ struct worker {
 
 	/* For the step. */
 	u32 rounds;
-	u64 first, stride;	/* of the pages that the vCPUs share out among themselves */
+	u64 first, stride;	/* of the pieces that the vCPUs share out among themselves */
+	bool whole;		/* map each piece whole, not a page of it */
 };
 
 /* All pages of RAM that may be mapped: RAM without a hole, found at the start. */

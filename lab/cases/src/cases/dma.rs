@@ -2,6 +2,7 @@
 //! before, its statistics are looked at after (`guest/dma.rs`), and Outboard runs with a Mac's limits from the kernel too (`host/limits.rs`).
 
 mod bench;
+mod ends;
 mod stress;
 
 use crate::case::Case;
@@ -20,7 +21,7 @@ const MAC: [(&str, &str); 8] = [
 
 pub(super) fn cases() -> Vec<Case> {
     let again = super::passthrough::cases().into_iter().filter_map(mac);
-    again.chain(stress::cases()).chain(bench::cases()).collect()
+    again.chain(ends::cases()).chain(stress::cases()).chain(bench::cases()).collect()
 }
 
 fn mac(case: Case) -> Option<Case> {

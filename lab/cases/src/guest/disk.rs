@@ -33,6 +33,11 @@ impl GuestDisk {
         Self::wait_open(name, true)
     }
 
+    /// Opens `/dev/NAME`, whose driver is loaded, for reading.
+    pub fn read_only(name: &str) -> Result<Self> {
+        Self::wait_open(name, false)
+    }
+
     /// The same, through the guest's page cache.
     pub fn cached(name: &str) -> Result<Self> {
         Self::wait_open_with(name, true, 0)

@@ -6,6 +6,7 @@ pub mod dma;
 pub mod dma_device;
 pub mod function;
 pub mod input;
+pub mod kexec;
 pub mod net;
 pub mod nvme;
 pub mod pci;

@@ -229,6 +229,8 @@ impl GuestSpec {
         let mut command = Command::new(outboard_path());
         if self.dma != Dma::Identity {
             limits::like_a_mac(&mut command);
+            // At the end it says what became of the mappings; `RunningVm::finish` reads that.
+            command.args(["--log-level", "info"]);
         }
         command.arg("run").arg("--kernel").arg(&self.kernel).arg("--initrd").arg(&self.initrd);
         command.arg("--append").arg(&self.append);

@@ -1,6 +1,6 @@
 //! A guest that runs: its process, its console, what its guest half says.
 
-use super::{Console, GuestSpec, send, stuck};
+use super::{Console, Dma, GuestSpec, send, stuck};
 use crate::protocol::{Event, GuestLine, parse_guest_line};
 use anyhow::{Context, Result, anyhow, bail};
 use nix::pty::{OpenptyResult, openpty};
@@ -68,6 +68,8 @@ pub struct RunningVm {
     tail: Vec<String>,
     stderr: std::path::PathBuf,
     terminal: Option<Terminal>,
+    /// The process says at its end what became of mappings that the guest asked for.
+    asks: bool,
 }
 
 impl RunningVm {
@@ -106,7 +108,17 @@ impl RunningVm {
         thread::Builder::new().name("console".into()).spawn(move || {
             read_console(output, transcript, stream, |line| sender.send(line).is_ok());
         })?;
-        Ok(Self { child, input, lines, started, seen: Vec::new(), tail: Vec::new(), stderr, terminal })
+        Ok(Self {
+            child,
+            input,
+            lines,
+            started,
+            seen: Vec::new(),
+            tail: Vec::new(),
+            stderr,
+            terminal,
+            asks: spec.dma != Dma::Identity,
+        })
     }
 
     /// The monitor's process.
@@ -222,7 +234,7 @@ impl RunningVm {
             }
         }
         match self.exit(deadline.saturating_duration_since(Instant::now()).max(Duration::from_secs(10)))? {
-            ExitKind::Code(0) => self.check_mac(),
+            ExitKind::Code(0) => self.check_dma(),
             other => {
                 bail!("after the guest switched itself off, the monitor ended with {other:?}, not status 0")
             }
@@ -234,6 +246,21 @@ impl RunningVm {
         match self.stderr().lines().find(|line| line.contains("would have panicked a Mac (number")) {
             Some(line) => bail!("the monitor made a mistake: {line}"),
             None => Ok(()),
+        }
+    }
+
+    /// What the process that has ended says of the mappings that its guest asked for: none is left, and no mistake was made that would have
+    /// panicked a Mac.
+    pub fn check_dma(&self) -> Result<()> {
+        self.check_mac()?;
+        let said = self.stderr();
+        let lines: Vec<&str> = said.lines().filter(|line| line.contains("DMA of ")).collect();
+        if self.asks && lines.is_empty() {
+            bail!("the monitor does not say what became of the mappings: {said}");
+        }
+        match lines.iter().find(|line| !line.contains(" 0 left, 0 mistakes ")) {
+            None => Ok(()),
+            Some(line) => bail!("{line}"),
         }
     }
 
