@@ -3,6 +3,7 @@
 
 mod bench;
 mod ends;
+mod load;
 mod stress;
 
 use crate::case::Case;
@@ -21,7 +22,7 @@ const MAC: [(&str, &str); 8] = [
 
 pub(super) fn cases() -> Vec<Case> {
     let again = super::passthrough::cases().into_iter().filter_map(mac);
-    again.chain(ends::cases()).chain(stress::cases()).chain(bench::cases()).collect()
+    again.chain(ends::cases()).chain(load::cases()).chain(stress::cases()).chain(bench::cases()).collect()
 }
 
 fn mac(case: Case) -> Option<Case> {
