@@ -27,8 +27,6 @@ const QUIET: Duration = Duration::from_secs(2);
 const PROMPT: Duration = Duration::from_secs(20);
 /// What xtask calls its NVMe disk.
 const SERIAL: &str = "outboard-lab";
-/// Has the monitor say what became of the mappings.
-const LOG: [&str; 2] = ["--log-level", "info"];
 /// Pages that the published driver maps, beside its own three and the disk's.
 const MAPPED: usize = 64;
 
@@ -62,7 +60,7 @@ fn finish(vm: &mut RunningVm, slots: usize) -> Result<()> {
 fn published_host(host: &Host) -> Result<Option<String>> {
     let assigned = Assigned::bind(&[Port::Nvme])?;
     for published in ["a", "b"] {
-        let spec = host.guest(Kernel::V6_12).devices(&assigned).dma(Dma::Bare(published)).extra(&LOG);
+        let spec = host.guest(Kernel::V6_12).devices(&assigned).dma(Dma::Bare(published));
         let mut vm = host.start(&spec.arg("layout", published))?;
         let result = finish(&mut vm, 1);
         host.part(format!("layout-{published}"), result);
@@ -98,13 +96,8 @@ fn published_guest(guest: &mut Guest) -> Result<()> {
 
 fn hostile_host(host: &Host) -> Result<Option<String>> {
     let assigned = Assigned::bind(&[Port::Nvme, Port::Sata])?;
-    let spec = host
-        .guest(Kernel::V6_12)
-        .devices(&assigned)
-        .dma(Dma::Bare("a"))
-        .extra(&LOG)
-        .cpus(CPUS)
-        .memory_mib(MEMORY_MIB);
+    let spec =
+        host.guest(Kernel::V6_12).devices(&assigned).dma(Dma::Bare("a")).cpus(CPUS).memory_mib(MEMORY_MIB);
     let mut vm = host.start(&spec)?;
     let parts = vm.note("parts", STEP)?.as_u64().context("a number of parts")?;
     for _ in 0..parts {
