@@ -97,6 +97,10 @@ u64 odma_mask(struct device *dev);
 void odma_failed(struct odma_client *client, int failure, phys_addr_t phys, size_t size,
 		 unsigned long attrs);
 
+/* coherent.c */
+void *odma_alloc(struct device *dev, size_t size, dma_addr_t *bus, gfp_t gfp, unsigned long attrs);
+void odma_free(struct device *dev, size_t size, void *memory, dma_addr_t bus);
+
 /* sg.c */
 int odma_map_sg(struct device *dev, struct scatterlist *sg, int nents, enum dma_data_direction dir,
 		unsigned long attrs);

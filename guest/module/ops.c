@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-/* The DMA operations of a served function: single mappings and memory for both sides. sg.c has the scatterlists. */
+/* The DMA operations of a served function. sg.c has those on scatterlists, coherent.c what gets memory. */
 #include "odma.h"
 
 #include <linux/gfp.h>
@@ -17,11 +17,6 @@ Fedora and Arch Linux ARM leave it out with CONFIG_XEN). outboard_dma cannot wor
 u64 odma_mask(struct device *dev)
 {
 	return min_not_zero(dma_get_mask(dev), dev->bus_dma_limit);
-}
-
-static u64 coherent_mask(struct device *dev)
-{
-	return min_not_zero(dev->coherent_dma_mask, dev->bus_dma_limit);
 }
 
 void odma_failed(struct odma_client *client, int failure, phys_addr_t phys, size_t size,
@@ -147,47 +142,22 @@ static void unmap_resource(struct device *dev, dma_addr_t bus, size_t size,
 }
 #endif
 
-static void *alloc_memory(struct device *dev, size_t size, dma_addr_t *bus, gfp_t gfp, u64 mask,
+static void *alloc_coherent(struct device *dev, size_t size, dma_addr_t *bus, gfp_t gfp,
+			    unsigned long attrs)
+{
+	return odma_alloc(dev, size, bus, gfp, attrs);
+}
+
+static void free_coherent(struct device *dev, size_t size, void *memory, dma_addr_t bus,
 			  unsigned long attrs)
 {
-	void *memory;
-
-	size = PAGE_ALIGN(size);
-	/* Where the pages are does not matter: the host picks the bus address. */
-	gfp &= ~(__GFP_DMA | __GFP_DMA32 | __GFP_HIGHMEM | __GFP_COMP);
-	if (attrs & DMA_ATTR_NO_WARN)
-		gfp |= __GFP_NOWARN;
-	memory = alloc_pages_exact(size, gfp | __GFP_ZERO);
-	if (!memory)
-		return NULL;
-	*bus = odma_map(dev, virt_to_phys(memory), size, mask, attrs);
-	if (*bus == DMA_MAPPING_ERROR) {
-		free_pages_exact(memory, size);
-		return NULL;
-	}
-	return memory;
-}
-
-static void free_memory(struct device *dev, size_t size, void *memory, dma_addr_t bus)
-{
-	odma_unmap(dev, bus, PAGE_ALIGN(size));
-	free_pages_exact(memory, PAGE_ALIGN(size));
-}
-
-static void *alloc_coherent(struct device *dev, size_t size, dma_addr_t *bus, gfp_t gfp, unsigned long attrs)
-{
-	return alloc_memory(dev, size, bus, gfp, coherent_mask(dev), attrs);
-}
-
-static void free_coherent(struct device *dev, size_t size, void *memory, dma_addr_t bus, unsigned long attrs)
-{
-	free_memory(dev, size, memory, bus);
+	odma_free(dev, size, memory, bus);
 }
 
 static struct page *alloc_pages_for(struct device *dev, size_t size, dma_addr_t *bus,
 				    enum dma_data_direction dir, gfp_t gfp)
 {
-	void *memory = alloc_memory(dev, size, bus, gfp, coherent_mask(dev), 0);
+	void *memory = odma_alloc(dev, size, bus, gfp, 0);
 
 	return memory ? virt_to_page(memory) : NULL;
 }
@@ -195,7 +165,7 @@ static struct page *alloc_pages_for(struct device *dev, size_t size, dma_addr_t 
 static void free_pages_of(struct device *dev, size_t size, struct page *page, dma_addr_t bus,
 			  enum dma_data_direction dir)
 {
-	free_memory(dev, size, page_address(page), bus);
+	odma_free(dev, size, page_address(page), bus);
 }
 
 static int mmap(struct device *dev, struct vm_area_struct *vma, void *memory, dma_addr_t bus,

@@ -7,6 +7,7 @@
  *   spread BYTES one live mapping of 4 KiB in each BYTES of all RAM, released in random order; what fails, fails
  *   leak N       as clusters, and forgets them
  *   fill BYTES   one live mapping of BYTES in each BYTES, likewise
+ *   coherent N   N pieces of memory for both sides, of many sizes
  *   mixed N      N steps on each CPU: singles and lists, in process, with interrupts off, in softirqs and in hard interrupts
  *   churn MODE LIVE PAIRS  nanoseconds of an unmapping and a mapping, MODE ours or published
  *   lists MODE N           N lists of 256 entries; exits of the published scheme
@@ -263,6 +264,40 @@ static int run(void (*step)(struct worker *), u64 most, u64 stride, u32 rounds, 
 	return error ?: wrong ? -EUCLEAN : 0;
 }
 
+/* Memory for both sides of all sizes up to 1 MiB: aligned to its size on the bus, zeroed, writable to its end. */
+static int coherent(u32 count)
+{
+	struct { void *memory; dma_addr_t bus; size_t size; } *all = kvcalloc(count, sizeof(*all), GFP_KERNEL);
+	const char *wrong = NULL;
+	u32 i, made = 0, failed = 0;
+
+	if (!all)
+		return -ENOMEM;
+	for (i = 0; i < count; i++) {
+		size_t size = PAGE_SIZE * (1 + i * 7 % 256), alignment = PAGE_SIZE << get_order(size);
+
+		all[i].size = size;
+		all[i].memory = dma_alloc_coherent(device, size, &all[i].bus, GFP_KERNEL | __GFP_NOWARN);
+		if (!all[i].memory) {
+			failed++;
+			continue;
+		}
+		made++;
+		if (!IS_ALIGNED(all[i].bus, alignment))
+			wrong = "memory that is not aligned to its size on the bus";
+		if (memchr_inv(all[i].memory, 0, size))
+			wrong = "memory that is not zeroed";
+		memset(all[i].memory, 0x5a, size);
+	}
+	for (i = 0; i < count; i++)
+		if (all[i].memory)
+			dma_free_coherent(device, all[i].size, all[i].memory, all[i].bus);
+	kvfree(all);
+	scnprintf(report, sizeof(report), "live %u\nmapped %u\nfailed %u\nlists_failed 0\nwrong %s\n", made, made,
+		  failed, wrong ?: "nothing");
+	return wrong ? -EUCLEAN : 0;
+}
+
 static int command(const char *text)
 {
 	u64 ram = stress_ram_end - stress_ram_start, number;
@@ -276,6 +311,8 @@ static int command(const char *text)
 		return run(spread_step, ram / number + num_online_cpus(), number, 0, false, false);
 	if (sscanf(text, "fill %llu", &number) == 1 && number >= PAGE_SIZE && number <= SZ_1G)
 		return run(spread_step, ram / number + num_online_cpus(), number, 0, true, false);
+	if (sscanf(text, "coherent %llu", &number) == 1 && number > 0 && number < 1 << 16)
+		return coherent(number);
 	if (sscanf(text, "mixed %llu", &number) == 1 && number > 0 && number < 1 << 22)
 		return run(stress_mixed_step, 40000, 0, number, false, false);
 	if (sscanf(text, "leak %llu", &number) == 1 && number > 0 && number < 1 << 16)

@@ -11,6 +11,9 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 
+/// Linux, include/uapi/asm-generic/unistd.h: the number on arm64, which not every C library knows.
+const KEXEC_FILE_LOAD: libc::c_long = 294;
+
 /// The first `len` bytes of the disk `name`, as a file.
 pub fn file(name: &str, len: u64) -> Result<File> {
     let disk = GuestDisk::read_only(name)?;
@@ -32,14 +35,7 @@ pub fn load(kernel: &File, initrd: &File, cmdline: &str) -> Result<()> {
     let len = line.as_bytes_with_nul().len();
     // SAFETY: two open files, and a string that is as long as said.
     let result = unsafe {
-        libc::syscall(
-            libc::SYS_kexec_file_load,
-            kernel.as_raw_fd(),
-            initrd.as_raw_fd(),
-            len,
-            line.as_ptr(),
-            0,
-        )
+        libc::syscall(KEXEC_FILE_LOAD, kernel.as_raw_fd(), initrd.as_raw_fd(), len, line.as_ptr(), 0)
     };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()).context("kexec_file_load") }
 }

@@ -74,6 +74,8 @@ fn full(guest: &Guest) -> Result<()> {
     ensure!(clusters["live"] == 60_000 && clusters["failed"] == 0, "{clusters:?}");
     let scattered = run(guest, &format!("spread {}", 256 << 10))?;
     ensure!(scattered["failed"] == 0 && scattered["live"] > 7_000, "{scattered:?}");
+    let coherent = run(guest, "coherent 300")?;
+    ensure!(coherent["failed"] == 0, "{coherent:?}");
     let mixed = run(guest, "mixed 400")?;
     check_mixed(&mixed)?;
     ensure!(mixed["failed"] == 0 && mixed["lists_failed"] == 0, "{mixed:?}");
