@@ -125,14 +125,17 @@ static int make_core(struct odma_domain *domain)
 		return -EINVAL;
 	}
 	if (!domain->core_memory || domain->core_bytes < bytes) {
+		u8 *memory = vmalloc(bytes);
+
+		if (!memory)
+			return -ENOMEM;
 		vfree(domain->core_memory);
-		domain->core_memory = vmalloc(bytes);
+		domain->core_memory = memory;
 		domain->core_bytes = bytes;
 	}
-	if (!domain->core_memory)
-		return -ENOMEM;
+	/* Cannot fail: it was asked how much memory it needs. */
 	domain->core = odma_core_create(&config, domain->core_memory, domain->core_bytes);
-	return domain->core ? 0 : -EINVAL;
+	return WARN_ON(!domain->core) ? -EINVAL : 0;
 }
 
 /* A reset of the served functions loses what the kernel wrote into their configuration. */
@@ -162,11 +165,38 @@ bool odma_running(struct odma_domain *domain)
 	return readl(domain->regs + ODMA_STATE) == ODMA_STATE_ON;
 }
 
-/* Starts with nothing mapped, whatever was before: a crashed kernel's mappings, or a device that came back. */
+static int check(struct odma_domain *domain)
+{
+	struct pci_dev *pdev = domain->pdev;
+	u32 magic = readl(domain->regs + ODMA_MAGIC), version = readl(domain->regs + ODMA_VERSION);
+	u32 granule = readl(domain->regs + ODMA_GRANULE), batch = readl(domain->regs + ODMA_BATCH);
+
+	if (magic != ODMA_MAGIC_VALUE || version >> 16 != ODMA_VERSION_VALUE >> 16) {
+		pci_err(pdev, "unknown protocol (magic %#x, version %#x); this module speaks %u.x\n", magic, version,
+			ODMA_VERSION_VALUE >> 16);
+		return -ENODEV;
+	}
+	if (granule != SZ_16K || batch < ODMA_MAX_BATCH) {
+		pci_err(pdev, "granule %u or batch %u cannot be used\n", granule, batch);
+		return -ENODEV;
+	}
+	domain->served = readl(domain->regs + ODMA_SERVED);
+	domain->address_bits = clamp(readl(domain->regs + ODMA_ADDRESS_BITS), 1u, 64u);
+	domain->limit_bytes = readq(domain->regs + ODMA_LIMIT_BYTES);
+	domain->limit_entries = readl(domain->regs + ODMA_LIMIT_ENTRIES);
+	return 0;
+}
+
+/*
+ * Starts with nothing mapped, whatever was before: a crashed kernel's mappings, or a device that came back, with limits that may be others. Nobody
+ * uses the domain; under odma_mutex once it is listed.
+ */
 int odma_start(struct odma_domain *domain)
 {
-	int error;
+	int error = check(domain);
 
+	if (error)
+		return error;
 	if (readl(domain->regs + ODMA_STATE) != ODMA_STATE_OFF)
 		reset(domain);
 	error = make_core(domain);
@@ -194,28 +224,6 @@ void odma_trim(struct odma_domain *domain)
 		raw_spin_unlock_irqrestore(&domain->lock, flags);
 		cond_resched();
 	} while (more);
-}
-
-static int check(struct odma_domain *domain)
-{
-	struct pci_dev *pdev = domain->pdev;
-	u32 magic = readl(domain->regs + ODMA_MAGIC), version = readl(domain->regs + ODMA_VERSION);
-	u32 granule = readl(domain->regs + ODMA_GRANULE), batch = readl(domain->regs + ODMA_BATCH);
-
-	if (magic != ODMA_MAGIC_VALUE || version >> 16 != ODMA_VERSION_VALUE >> 16) {
-		pci_err(pdev, "unknown protocol (magic %#x, version %#x); this module speaks %u.x\n", magic, version,
-			ODMA_VERSION_VALUE >> 16);
-		return -ENODEV;
-	}
-	if (granule != SZ_16K || batch < ODMA_MAX_BATCH) {
-		pci_err(pdev, "granule %u or batch %u cannot be used\n", granule, batch);
-		return -ENODEV;
-	}
-	domain->served = readl(domain->regs + ODMA_SERVED);
-	domain->address_bits = clamp(readl(domain->regs + ODMA_ADDRESS_BITS), 1u, 64u);
-	domain->limit_bytes = readq(domain->regs + ODMA_LIMIT_BYTES);
-	domain->limit_entries = readl(domain->regs + ODMA_LIMIT_ENTRIES);
-	return 0;
 }
 
 static void free_domain(struct odma_domain *domain)
@@ -264,9 +272,7 @@ static int probe(struct pci_dev *pdev, const struct pci_device_id *id)
 	domain = new_domain(pdev);
 	if (!domain)
 		goto release;
-	error = check(domain);
-	if (!error)
-		error = odma_start(domain);
+	error = odma_start(domain);
 	if (error)
 		goto free;
 	pci_set_drvdata(pdev, domain);

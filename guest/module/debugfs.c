@@ -32,10 +32,11 @@ static int stats_show(struct seq_file *file, void *unused)
 	s64 live = 0;
 	u64 hits = 0;
 
+	/* Keeps the core: it is made anew under this lock. */
+	mutex_lock(&odma_mutex);
 	raw_spin_lock_irqsave(&domain->lock, flags);
 	odma_core_stats(domain->core, &stats);
 	raw_spin_unlock_irqrestore(&domain->lock, flags);
-	mutex_lock(&odma_mutex);
 	list_for_each_entry(client, &domain->clients, list) {
 		struct odma_counts sum;
 
@@ -63,14 +64,17 @@ static int stats_show(struct seq_file *file, void *unused)
 }
 DEFINE_SHOW_ATTRIBUTE(stats);
 
-/* One window a line. The file's position is the slot to look at next. */
+/* One window a line. The file's position is the slot to look at first. */
 static void *windows_next(struct seq_file *file, void *v, loff_t *pos)
 {
 	struct odma_domain *domain = file->private;
-	u64 behind = odma_core_next_window(domain->core, *pos, v);
+	u64 behind = odma_core_next_window(domain->core, *pos + 1, v);
 
-	*pos = behind ? behind : *pos + 1;
-	return behind ? v : NULL;
+	*pos = behind ? behind - 1 : *pos + 1;
+	if (behind)
+		return v;
+	kfree(v);
+	return NULL;
 }
 
 static void *windows_start(struct seq_file *file, loff_t *pos)
@@ -79,6 +83,7 @@ static void *windows_start(struct seq_file *file, loff_t *pos)
 	struct odma_window *window = kmalloc(sizeof(*window), GFP_KERNEL);
 	u64 behind;
 
+	mutex_lock(&odma_mutex);
 	if (!window)
 		return ERR_PTR(-ENOMEM);
 	if (*pos == 0)
@@ -94,6 +99,7 @@ static void *windows_start(struct seq_file *file, loff_t *pos)
 
 static void windows_stop(struct seq_file *file, void *v)
 {
+	mutex_unlock(&odma_mutex);
 	if (!IS_ERR_OR_NULL(v))
 		kfree(v);
 }

@@ -39,6 +39,12 @@ pub(super) fn cases() -> Vec<Case> {
             plain_host,
             rebind,
         ),
+        case(
+            "dma-mac-6.1",
+            "the same on Linux 6.1, which takes the operations away with each driver",
+            old_host,
+            rebind,
+        ),
         case("dma-mac-crash", "the guest's kernel crashes during traffic", crash_host, crash),
         case("dma-mac-kexec", "the guest's kernel starts another one", kexec_host, kexec_guest),
         case("dma-mac-kill", "the process is killed during traffic", kill_host, kill),
@@ -52,6 +58,13 @@ fn spec(host: &Host, assigned: &Assigned) -> GuestSpec {
 fn plain_host(host: &Host) -> Result<Option<String>> {
     let assigned = Assigned::bind(&[Port::Nvme])?;
     host.start(&spec(host, &assigned))?.finish(STEP)?;
+    assigned.release()?;
+    Ok(None)
+}
+
+fn old_host(host: &Host) -> Result<Option<String>> {
+    let assigned = Assigned::bind(&[Port::Nvme])?;
+    host.start(&host.guest(Kernel::V6_1).devices(&assigned).cpus(2))?.finish(STEP)?;
     assigned.release()?;
     Ok(None)
 }
