@@ -125,7 +125,8 @@ static int make_core(struct odma_domain *domain)
 		return -EINVAL;
 	}
 	if (!domain->core_memory || domain->core_bytes < bytes) {
-		u8 *memory = vmalloc(bytes);
+		/* In huge pages where the kernel can: mappings all over RAM touch all of it. */
+		u8 *memory = vmalloc_huge(bytes, GFP_KERNEL);
 
 		if (!memory)
 			return -ENOMEM;

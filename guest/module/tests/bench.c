@@ -58,7 +58,7 @@ static u64 next_page(u64 *block, u32 *left, u64 *at)
 /* The cost of an unmapping and a mapping while `count` are live, in each of several rounds. */
 static int churn(u32 count, u32 pairs, char *report, size_t size)
 {
-	struct live *live = vmalloc(array_size(count, sizeof(*live)));
+	struct live *live = vmalloc_huge(array_size(count, sizeof(*live)), GFP_KERNEL);
 	u32 i, made = 0, left = 0, round;
 	u64 block = 0, at = 0;
 	int error = 0, len = 0;
