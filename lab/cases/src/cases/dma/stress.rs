@@ -76,7 +76,7 @@ fn full(guest: &Guest) -> Result<()> {
     ensure!(scattered["failed"] == 0 && scattered["live"] > 7_000, "{scattered:?}");
     let coherent = run(guest, "coherent 300")?;
     ensure!(coherent["failed"] == 0, "{coherent:?}");
-    let mixed = run(guest, "mixed 400")?;
+    let mixed = run(guest, "mixed 30")?;
     check_mixed(&mixed)?;
     ensure!(mixed["failed"] == 0 && mixed["lists_failed"] == 0, "{mixed:?}");
     // More than the host maps. Nearly all of the limit must be reached.
@@ -98,7 +98,7 @@ fn tight(guest: &Guest) -> Result<()> {
     ensure!(dense["failed"] > 0 && dense["live"] >= 666, "{dense:?}");
     let large = run(guest, &format!("fill {}", 1 << 20))?;
     ensure!(large["failed"] > 0 && (20..=24).contains(&large["live"]), "{large:?}");
-    check_mixed(&run(guest, "mixed 400")?)?;
+    check_mixed(&run(guest, "mixed 30")?)?;
     let after = run(guest, "clusters 1000")?;
     ensure!(after["failed"] == 0, "it does not recover: {after:?}");
     Ok(())
