@@ -15,10 +15,8 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// The emulated host's kernel. Guests start twice as fast on a 6.1 host (12.8 s and 6.0 s from the monitor's start to init): from 6.3 on KVM traps a
-/// guest's reads of CTR_EL0 on CPUs without FEAT_EVT, which QEMU 7.2 does not emulate. But there, twice in some 60 guests, a guest's serial
-/// output stopped in the middle; until that is understood the host stays at 6.12.
-const HOST_KERNEL: Kernel = Kernel::V6_12;
+/// Kernels that the emulated host is started with; `lab_cases::host_kernel` says which case gets which.
+pub const HOST_KERNELS: [Kernel; 2] = [Kernel::V6_1, Kernel::V6_12];
 /// Modules that guest halves may ask for.
 const GUEST_MODULES: [&str; 8] = [
     "nvme",
@@ -71,8 +69,10 @@ const APPLETS: [&str; 34] = [
     "wc",
 ];
 
-/// The emulated host's kernel and initramfs.
+/// What an emulated host boots.
 pub struct HostImages {
+    /// The kernel's version, for the names of logs.
+    pub name: &'static str,
     /// The kernel.
     pub kernel: PathBuf,
     /// The initramfs.
@@ -89,18 +89,19 @@ pub struct Extras {
 }
 
 /// Makes the emulated host's images and fills the share. `programs` is the folder with the arm64 programs.
-pub fn prepare(paths: &Paths, packages: &Packages, programs: &Path, extras: Extras) -> Result<HostImages> {
+pub fn prepare(paths: &Paths, packages: &Packages, programs: &Path, extras: Extras) -> Result<()> {
     let agent = programs.join("lab-agent");
     let busybox = packages.busybox();
-    let host_root = packages.kernel(HOST_KERNEL);
-    let initrd = paths.lab.join("host.cpio");
     let sums = stamp::sum(&[&agent, &busybox])?;
     let wanted = [&MODULES[..], &CASE_MODULES].concat();
-    let inputs = format!("{sums}{}\n{wanted:?}{APPLETS:?}", host_root.display());
-    stamp::once(paths, "host-initramfs", &inputs, &[&initrd], || {
-        let archive = initramfs(&agent, &busybox, &mut Modules::scan(host_root)?, &wanted)?;
-        stamp::write_whole(&initrd, &archive.finish()?)
-    })?;
+    for kernel in HOST_KERNELS {
+        let (root, HostImages { name, initrd, .. }) = (packages.kernel(kernel), host(paths, kernel));
+        let inputs = format!("{sums}{}\n{wanted:?}{APPLETS:?}", root.display());
+        stamp::once(paths, &format!("host-initramfs-{name}"), &inputs, &[&initrd], || {
+            let archive = initramfs(&agent, &busybox, &mut Modules::scan(root)?, &wanted)?;
+            stamp::write_whole(&initrd, &archive.finish()?)
+        })?;
+    }
     for kernel in Kernel::ALL {
         let root = packages.kernel(kernel);
         let folder = paths.share().join("kernels").join(kernel.name());
@@ -147,8 +148,14 @@ pub fn prepare(paths: &Paths, packages: &Packages, programs: &Path, extras: Extr
     if extras.peer {
         super::peer::prepare(paths)?;
     }
-    let kernel = paths.share().join("kernels").join(HOST_KERNEL.name()).join("Image");
-    Ok(HostImages { kernel, initrd })
+    Ok(())
+}
+
+/// The images of the emulated host with `kernel`, one of [`HOST_KERNELS`], as [`prepare`] makes them.
+pub fn host(paths: &Paths, kernel: Kernel) -> HostImages {
+    let name = kernel.name();
+    let initrd = paths.lab.join(format!("host-{name}.cpio"));
+    HostImages { name, kernel: paths.share().join("kernels").join(name).join("Image"), initrd }
 }
 
 /// Kernels whose guests can have the DMA module.

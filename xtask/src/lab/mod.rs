@@ -176,18 +176,27 @@ fn prepare_and_run(
     report: &mut Report,
 ) -> Result<()> {
     let extras = Extras { peer: needs_peer(names, vmm), dma_module: needs_dma_module(names) };
-    let mut session = start(paths, extras, progress)?;
-    for name in names {
-        run_case(&mut session, name, vmm, progress, report)?;
+    prepare(paths, extras, progress)?;
+    for kernel in images::HOST_KERNELS {
+        let mut names = names.iter().filter(|name| lab_cases::host_kernel(name) == kernel).peekable();
+        if names.peek().is_none() {
+            continue;
+        }
+        progress.begin(&format!("start the emulated host, Linux {}", kernel.name()));
+        let mut session = Session::start(paths, &images::host(paths, kernel))?;
+        progress.end();
+        for name in names {
+            run_case(&mut session, name, vmm, progress, report)?;
+        }
+        progress.begin("switch the host off");
+        session.power_off()?;
+        progress.end();
     }
-    progress.begin("switch the host off");
-    session.power_off()?;
-    progress.end();
     Ok(())
 }
 
-/// Prepares everything, with `extras`, and starts the emulated host.
-pub fn start(paths: &Paths, extras: Extras, progress: &mut Progress) -> Result<Session> {
+/// Prepares everything, with `extras`.
+fn prepare(paths: &Paths, extras: Extras, progress: &mut Progress) -> Result<()> {
     progress.begin("prepare the machine");
     setup::ensure(paths, &setup::LAB, false)?;
     progress.begin("prepare Debian packages");
@@ -199,11 +208,9 @@ pub fn start(paths: &Paths, extras: Extras, progress: &mut Progress) -> Result<S
     let programs = toolchain.build(paths, &wanted)?;
     progress.begin("prepare images");
     empty_logs(paths)?;
-    let images = images::prepare(paths, &packages, &programs, extras)?;
-    progress.begin("start the emulated host");
-    let session = Session::start(paths, &images)?;
+    images::prepare(paths, &packages, &programs, extras)?;
     progress.end();
-    Ok(session)
+    Ok(())
 }
 
 /// Runs one case and adds what it reports.

@@ -33,9 +33,9 @@ pub struct Session {
 impl Session {
     /// Starts it and waits until it takes commands.
     pub fn start(paths: &Paths, images: &HostImages) -> Result<Self> {
-        let console = paths.logs().join("host-console.log");
+        let console = paths.logs().join(format!("host-{}-console.log", images.name));
         let mut command = emulator(paths, images, &console)?;
-        let errors = File::create(paths.logs().join("emulator.log"))?;
+        let errors = File::create(console.with_extension("emulator.log"))?;
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(errors);
         let mut child = command.spawn().context("cannot start qemu-system-aarch64")?;
         let commands = child.stdin.take().expect("stdin is piped");
@@ -110,7 +110,7 @@ impl Session {
     /// The end of the emulated host's console and of the emulator's own messages.
     pub fn console_tail(&self) -> String {
         let read = |path: &PathBuf| String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned();
-        let emulator = read(&self.console.with_file_name("emulator.log"));
+        let emulator = read(&self.console.with_extension("emulator.log"));
         let mut text =
             format!("--- end of the emulated host's console\n{}", process::tail(&read(&self.console), 20));
         if !emulator.is_empty() {
