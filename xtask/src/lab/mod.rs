@@ -204,7 +204,11 @@ fn prepare(paths: &Paths, extras: Extras, progress: &mut Progress) -> Result<()>
     progress.begin("build for arm64");
     let toolchain = Toolchain::prepare(paths)?;
     let mut wanted = vec!["lab-agent"];
-    wanted.extend(["outboard", "outboard-hypervisor", "outboard-host-pci"].iter().filter(|name| has_program(paths, name)));
+    wanted.extend(
+        ["outboard", "outboard-hypervisor", "outboard-host-pci"]
+            .iter()
+            .filter(|name| has_program(paths, name)),
+    );
     let programs = toolchain.build(paths, &wanted)?;
     progress.begin("prepare images");
     empty_logs(paths)?;
