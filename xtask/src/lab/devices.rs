@@ -30,6 +30,7 @@ pub fn add(paths: &Paths, command: &mut Command) -> Result<()> {
     device(Port::Sound, "ich9-intel-hda,id=sound");
     device(Port::Several, "ich9-ahci,id=sata2,addr=0.0,multifunction=on");
     device(Port::Several, "ich9-intel-hda,id=sound2,addr=0.1");
+    device(Port::Edu, "edu,dma_mask=0xffffffffffffffff");
     device(Port::Unprotected, "e1000e,id=unprotected,romfile=");
     for name in ["nvme", "stick", "sata", "sata2"] {
         add_drive(paths, command, name)?;

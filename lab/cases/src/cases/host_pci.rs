@@ -1,9 +1,10 @@
-//! The conformance suite of host PCI functions and their DMA domains, on a network card behind VFIO and the SMMU.
+//! The conformance suite of host PCI functions and their DMA domains, on devices behind VFIO and the SMMU.
 
 use crate::case::{Case, Group};
 use crate::host::{Assigned, Host, Port, SHARE, SmmuFault};
 use crate::protocol::{Event, Outcome};
 use anyhow::{Context, Result, bail, ensure};
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
 
@@ -22,24 +23,49 @@ pub(super) fn cases() -> Vec<Case> {
 }
 
 fn host(host: &Host) -> Result<Option<String>> {
-    // The suite knows how to have this card interrupt and copy.
-    let assigned = Assigned::bind(&[Port::Network])?;
-    let slot = assigned.slots()[0].slot.clone();
+    // The first copies and interrupts on demand, the other has MSI-X and a reset of its own. Not the network card: turning its MSI-X off while it
+    // holds an interrupt back ends QEMU 7.2 in an assertion (e1000e_intrmgr_on_msix_throttling_timer).
+    let ports = [Port::Edu, Port::Nvme];
+    let assigned = Assigned::bind(&ports)?;
     for (name, option) in [("identity", None), ("mac", Some("--mac"))] {
-        let program = Path::new(SHARE).join("bin/host-pci-conformance");
-        let output = Command::new(program).arg(&slot).args(option).output();
-        let output = output.context("cannot start host-pci-conformance")?;
-        let text = String::from_utf8_lossy(&output.stdout);
-        let mut passed = 0;
-        for (case, outcome) in text.lines().filter_map(parse) {
-            passed += u32::from(matches!(outcome, Outcome::Passed));
+        let mut outcomes = BTreeMap::new();
+        for slot in assigned.slots() {
+            run(&slot.slot, option, &mut outcomes)?;
+        }
+        for (case, outcome) in outcomes {
             host.send(&Event::Part { name: format!("{name}/{case}"), outcome });
         }
-        ensure!(passed > 20, "{passed} cases passed with {name}: {text}");
-        ensure!(matches!(output.status.code(), Some(0 | 1)), "it ended with {}", output.status);
     }
-    assigned.release_with(judge)?;
+    let mut faults = 0;
+    assigned.release_with(|fault| {
+        faults += 1;
+        judge(fault)
+    })?;
+    ensure!(faults > 0, "no access to memory that was unmapped met the IOMMU");
     Ok(None)
+}
+
+/// Runs the suite on `slot` and adds what became of its cases: a failure counts before a success, and that before a skip.
+fn run(slot: &str, option: Option<&str>, outcomes: &mut BTreeMap<String, Outcome>) -> Result<()> {
+    let program = Path::new(SHARE).join("bin/host-pci-conformance");
+    let output = Command::new(program).arg(slot).args(option).output();
+    let output = output.context("cannot start host-pci-conformance")?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let mut count = 0;
+    for (case, outcome) in text.lines().filter_map(parse) {
+        count += 1;
+        let counts = |outcome: &Outcome| match outcome {
+            Outcome::Failed(_) => 2,
+            Outcome::Passed => 1,
+            Outcome::Skipped(_) => 0,
+        };
+        if outcomes.get(case).is_none_or(|had| counts(had) < counts(&outcome)) {
+            outcomes.insert(case.to_owned(), outcome);
+        }
+    }
+    ensure!(count > 20, "{count} cases: {text}");
+    ensure!(matches!(output.status.code(), Some(0 | 1)), "it ended with {}", output.status);
+    Ok(())
 }
 
 fn judge(fault: &SmmuFault) -> Result<()> {

@@ -18,14 +18,24 @@ pub enum Port {
     Sound,
     /// Two functions of one slot: a SATA controller and a sound controller, which can only be reset together.
     Several,
+    /// QEMU's device for exercises (`edu`): copies by DMA on demand.
+    Edu,
     /// A network card that the SMMU does not cover. The last bus.
     Unprotected,
 }
 
 impl Port {
     /// All of them.
-    pub const ALL: [Self; 7] =
-        [Self::Nvme, Self::Network, Self::Usb, Self::Sata, Self::Sound, Self::Several, Self::Unprotected];
+    pub const ALL: [Self; 8] = [
+        Self::Nvme,
+        Self::Network,
+        Self::Usb,
+        Self::Sata,
+        Self::Sound,
+        Self::Several,
+        Self::Edu,
+        Self::Unprotected,
+    ];
 
     /// Its device number on bus 0.
     pub const fn device(self) -> u8 {
@@ -46,6 +56,7 @@ impl Port {
             Self::Sata => "sata-port",
             Self::Sound => "sound-port",
             Self::Several => "several-port",
+            Self::Edu => "edu-port",
             Self::Unprotected => "unprotected-port",
         }
     }
