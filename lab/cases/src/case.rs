@@ -51,7 +51,7 @@ pub fn find(name: &str) -> Option<Case> {
 /// of CTR_EL0 on CPUs without FEAT_EVT, which QEMU 7.2 does not emulate. What looks at the host's own DMA needs what 6.1 does not have: a count
 /// of IOMMU page tables (6.11), `dma:*` events (6.12).
 pub fn host_kernel(name: &str) -> Kernel {
-    let is_about_dma = ["passthrough", "dma", "record"].iter().any(|word| name.contains(word));
+    let is_about_dma = ["passthrough", "dma", "record", "host-pci"].iter().any(|word| name.contains(word));
     if is_about_dma { Kernel::V6_12 } else { Kernel::V6_1 }
 }
 

@@ -228,7 +228,7 @@ impl GuestSpec {
     fn outboard_command(&self) -> Command {
         let mut command = Command::new(outboard_path());
         if self.dma != Dma::Identity {
-            limits::like_a_mac(&mut command);
+            limits::like_a_mac(&mut command, self.dma);
             // At the end it says what became of the mappings; `RunningVm::finish` reads that.
             command.args(["--log-level", "info"]);
         }

@@ -1,6 +1,6 @@
 //! A guest that runs: its process, its console, what its guest half says.
 
-use super::{Console, Dma, GuestSpec, send, stuck};
+use super::{Console, Dma, GuestSpec, limits, send, stuck};
 use crate::protocol::{Event, GuestLine, parse_guest_line};
 use anyhow::{Context, Result, anyhow, bail};
 use nix::pty::{OpenptyResult, openpty};
@@ -78,6 +78,9 @@ impl RunningVm {
         let stderr = logs.join(format!("{stem}.vmm.log"));
         let transcript = File::create(logs.join(format!("{stem}.console.log")))?;
         let mut command = spec.command();
+        if !spec.devices.is_empty() {
+            limits::set_entries(spec.dma)?;
+        }
         writeln!(File::create(&stderr)?, "$ {command:?}")?;
         let errors = File::options().append(true).open(&stderr)?;
         let terminal = (spec.console == Console::Terminal).then(Terminal::open).transpose()?;
