@@ -190,7 +190,7 @@ static int check(struct odma_domain *domain)
 
 /*
  * Starts with nothing mapped, whatever was before: a crashed kernel's mappings, or a device that came back, with limits that may be others. Nobody
- * uses the domain; under odma_mutex once it is listed.
+ * uses the domain; under odma_mutex once it is listed. -ENXIO: there is no device in the slot.
  */
 int odma_start(struct odma_domain *domain)
 {
@@ -205,6 +205,8 @@ int odma_start(struct odma_domain *domain)
 		return error;
 	writeq(virt_to_phys(domain->queue), domain->regs + QUEUE(ODMA_QUEUE_BASE));
 	writel(ODMA_CONTROL_ENABLE, domain->regs + ODMA_CONTROL);
+	if (readl(domain->regs + ODMA_STATE) == ODMA_STATE_GONE)
+		return -ENXIO;
 	if (!odma_running(domain)) {
 		pci_err(domain->pdev, "the DMA device does not start (state %u)\n",
 			readl(domain->regs + ODMA_STATE));
@@ -274,7 +276,8 @@ static int probe(struct pci_dev *pdev, const struct pci_device_id *id)
 	if (!domain)
 		goto release;
 	error = odma_start(domain);
-	if (error)
+	/* An empty slot may be filled later: then it starts when a driver binds. */
+	if (error && error != -ENXIO)
 		goto free;
 	pci_set_drvdata(pdev, domain);
 	odma_debugfs_add(domain);

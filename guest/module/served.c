@@ -128,8 +128,10 @@ static void bind(struct device *dev)
 		return;
 	}
 	/* The function was away and has come back, or the host was reset: what was mapped is gone. */
-	if (!any_bound(domain) && !odma_running(domain) && odma_start(domain))
+	if (!any_bound(domain) && !odma_running(domain) && odma_start(domain)) {
+		dev_err(dev, "DMA is not set up, the driver will fail: its DMA device does not start\n");
 		return;
+	}
 	client = find(dev);
 	if (!client)
 		client = new_client(domain, dev);

@@ -317,6 +317,48 @@ fn several_threads_under_pressure_leave_nothing_behind() {
 }
 
 #[test]
+fn what_is_called_hopeless_is() {
+    let module = Module::new(2 * MIB, 64);
+    let mut state = 7u64;
+    let mut random = move |below: u64| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) % below
+    };
+    let (mut live, mut hopeless) = (Vec::new(), 0);
+    for _ in 0..if cfg!(debug_assertions) { 20_000 } else { 200_000 } {
+        if !live.is_empty() && random(2) == 0 {
+            let (bus, len) = live.swap_remove(random(live.len() as u64) as usize);
+            assert!(module.unmap(bus, len));
+            continue;
+        }
+        let most = if random(4) == 0 { MIB } else { 8192 };
+        let len = 1 + random(most);
+        let start = (1 << 30) + random(RAM - len / 2);
+        // SAFETY: the domain is valid, and one thread holds what lock there is.
+        let (hit, said) =
+            unsafe { (odma_core_hit(module.core, start, len), odma_core_hopeless(module.core, start, len)) };
+        if hit != u64::MAX {
+            live.push((hit, len));
+            continue;
+        }
+        let mut bus = 0;
+        // SAFETY: as above.
+        let code = unsafe { odma_core_map(module.core, start, len, &mut bus) };
+        if said != 0 {
+            hopeless += 1;
+            assert_eq!(code, said, "{start:#x} {len:#x}");
+        } else if code == 0 {
+            live.push((bus, len));
+        }
+    }
+    assert!(hopeless > 100, "it never came to that");
+    for (bus, len) in live {
+        assert!(module.unmap(bus, len));
+    }
+    assert!(module.is_empty());
+}
+
+#[test]
 fn addresses_on_their_way_back_are_waited_for() {
     let module = Module::new(MIB, 64);
     let first = module.map(page(0), MIB).expect("fills everything");
