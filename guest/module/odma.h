@@ -2,6 +2,11 @@
 #ifndef ODMA_H
 #define ODMA_H
 
+#ifndef ODMA_HAVE_DMA_OPS
+#error "This kernel has no DMA operations per device (CONFIG_DMA_OPS up to Linux 6.11, CONFIG_ARCH_HAS_DMA_OPS from 6.12 on; \
+Fedora and Arch Linux ARM leave it out with CONFIG_XEN). outboard_dma cannot work on it: use a kernel with CONFIG_XEN=y, such as Debian's or Ubuntu's."
+#endif
+
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
 #include <linux/device.h>
