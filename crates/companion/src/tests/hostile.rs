@@ -134,6 +134,9 @@ fn an_endless_storm_does_not_keep_a_slot_from_being_emptied() {
             });
         }
         let _ends = Ends(&running);
+        while rig.stats()[5] == 0 {
+            std::thread::yield_now();
+        }
         for _ in 0..20 {
             rig.slot.host.set_bus_master(false).unwrap();
             rig.companion.detach(false);
@@ -141,7 +144,6 @@ fn an_endless_storm_does_not_keep_a_slot_from_being_emptied() {
             rig.write(abi::CONTROL, Width::B4, abi::CONTROL_ENABLE.into());
         }
     });
-    assert!(rig.stats()[5] > 0);
 }
 
 #[derive(Clone, Debug)]
