@@ -100,6 +100,15 @@ impl VfioDomain {
         self.groups.iter().find(|g| g.id == id).map(|g| g.file.as_fd())
     }
 
+    /// Whether every group has left the container because its last device is gone, which ends all of the container's mappings (Linux,
+    /// vfio_device_remove_group, vfio_iommu_type1_detach_group).
+    fn orphaned(&self) -> bool {
+        self.groups.iter().all(|group| match group_status(group.file.as_fd()) {
+            Ok(status) => status.flags & raw::VFIO_GROUP_FLAGS_CONTAINER_SET == 0,
+            Err(error) => error.raw_os_error() == Some(libc::ENODEV),
+        })
+    }
+
     /// The files of all groups in this domain.
     pub(super) fn groups(&self) -> Vec<BorrowedFd<'_>> {
         self.groups.iter().map(|g| g.file.as_fd()).collect()
@@ -182,7 +191,11 @@ impl DmaDomain for VfioDomain {
         if len == 0 || mapped.pieces.get(&address.0) != Some(&len) {
             return Err(Error::NotMapped { address: address.0, len });
         }
-        unmap(self.container.as_fd(), 0, address.0, len)?;
+        match unmap(self.container.as_fd(), 0, address.0, len) {
+            // The kernel unmapped and unpinned everything itself.
+            Err(_) if self.orphaned() => {}
+            done => done?,
+        }
         mapped.pieces.remove(&address.0);
         mapped.bytes -= len;
         if let Some(mac) = &mut mapped.mac {
@@ -206,7 +219,9 @@ impl DmaDomain for VfioDomain {
 
 impl Drop for VfioDomain {
     fn drop(&mut self) {
-        if let Err(error) = unmap(self.container.as_fd(), raw::VFIO_DMA_UNMAP_FLAG_ALL, 0, 0) {
+        if let Err(error) = unmap(self.container.as_fd(), raw::VFIO_DMA_UNMAP_FLAG_ALL, 0, 0)
+            && !self.orphaned()
+        {
             tracing::warn!("{error}; closing the container unmaps what is left");
         }
     }
@@ -249,11 +264,7 @@ fn check_version(container: BorrowedFd<'_>) -> Result<()> {
 fn open_group(id: u32, container: BorrowedFd<'_>) -> Result<File> {
     let path = format!("/dev/vfio/{id}");
     let file = open(Path::new(&path))?;
-    let mut status =
-        raw::vfio_group_status { argsz: size_of::<raw::vfio_group_status>() as u32, ..Default::default() };
-    sys::GROUP_GET_STATUS
-        .with(file.as_fd(), &mut status)
-        .map_err(failed(sys::GROUP_GET_STATUS.name(), &path))?;
+    let status = group_status(file.as_fd()).map_err(failed(sys::GROUP_GET_STATUS.name(), &path))?;
     if status.flags & raw::VFIO_GROUP_FLAGS_VIABLE == 0 {
         let source = io::Error::from_raw_os_error(libc::EINVAL);
         return Err(failed("a device in the group belongs to another driver; opening", path)(source));
@@ -263,6 +274,13 @@ fn open_group(id: u32, container: BorrowedFd<'_>) -> Result<File> {
         .with(file.as_fd(), &mut fd)
         .map_err(failed(sys::GROUP_SET_CONTAINER.name(), &path))?;
     Ok(file)
+}
+
+fn group_status(group: BorrowedFd<'_>) -> io::Result<raw::vfio_group_status> {
+    let argsz = size_of::<raw::vfio_group_status>() as u32;
+    let mut status = raw::vfio_group_status { argsz, ..Default::default() };
+    sys::GROUP_GET_STATUS.with(group, &mut status)?;
+    Ok(status)
 }
 
 /// What the IOMMU can map; everything below 2^48 where the kernel does not say (before Linux 5.4).

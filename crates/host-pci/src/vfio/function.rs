@@ -312,6 +312,10 @@ impl Drop for VfioFunction {
                     tracing::info!("{address} is gone; nothing is left to give back");
                     return;
                 }
+                // While the host's kernel takes the device from its driver, which is why we give it back, it lets nobody reset it.
+                Err(Error::Host { source, .. }) if source.raw_os_error() == Some(libc::EAGAIN) => {
+                    tracing::info!("{address} is the host's again as it is: its DMA and interrupts are off");
+                }
                 Err(error) => tracing::warn!("giving back {address}, {step}: {error}"),
             }
         }
