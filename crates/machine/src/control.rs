@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 
 /// How often to look whether the guest has taken a new device.
 const LOOK: Duration = Duration::from_millis(50);
+/// How long a guest may take to turn off the slot of a lost device before another is put there all the same: one without a hot-plug driver never does.
+const SETTLE: Duration = Duration::from_secs(10);
 /// Longest wait for a guest: a client that asks for more gets this.
 const LONGEST: u32 = 3600;
 
@@ -92,12 +94,13 @@ impl Control {
     }
 
     fn add(&self, device: DeviceSpec, wait: Duration) -> Result<Answer, String> {
-        if device.dma.asks() {
-            return Err("a device with dma=mac can only be given to a guest at its start".into());
-        }
         let selection = device.selection;
         // On this thread: it may take as long as a reset of the device.
         let slot = HostSlot::open(device).map_err(text)?;
+        let settled = Instant::now() + SETTLE;
+        while !self.board.settled() && Instant::now() < settled {
+            std::thread::sleep(LOOK);
+        }
         let (reply, answer) = channel();
         self.events.send(MachineEvent::Control(Order::Add(slot, reply)));
         // How long the machine takes to pin the guest's memory is not the guest's time.

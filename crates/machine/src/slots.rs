@@ -49,12 +49,13 @@ struct Port {
 
 impl Slots {
     /// A root port for each of `host`'s slots, from device number `first` on bus 0 on, with what is in the slot and the DMA device beside it, as
-    /// `spec` says.
+    /// `spec` says. For a reboot, a device that cannot be had any more (it went while nobody had it) is closed and its port stays empty: the guest goes on
+    /// without it.
     ///
     /// # Errors
     /// [`Error`]; nothing stays behind.
     pub(crate) fn plug(
-        host: &Host,
+        host: &mut Host,
         (spec, first): (&MachineSpec, u8),
         root: &Arc<RootComplex>,
         ram: &Ram,
@@ -62,15 +63,22 @@ impl Slots {
     ) -> Result<Self, Error> {
         let (root, board) = (root.clone(), host.board.clone());
         let mut slots = Self { ports: Vec::new(), retained: Vec::new(), root, board, connections };
-        for (index, (place, slot)) in Place::all(spec, first).into_iter().zip(&host.slots).enumerate() {
+        for (index, (place, slot)) in Place::all(spec, first).into_iter().zip(&mut host.slots).enumerate() {
             let mut port = Port::new(place, &slots.root, &slots.connections)?;
             if let Some(device) = place.companion {
                 let device_spec = spec.devices.get(index);
                 port.companion =
                     Some(dma::companion((device, &port.port), (spec, device_spec), place, &slots.root, ram)?);
             }
-            if let Some(slot) = slot {
-                port.plug(slot, &slots.root, ram, &slots.connections)?;
+            if let Some(device) = slot.as_ref()
+                && let Err(error) = port.plug(device, &slots.root, ram, &slots.connections)
+            {
+                if !slots.board.booted() {
+                    return Err(error);
+                }
+                tracing::error!("{} is not in the guest any more: {error}", device.selection());
+                slots.board.not_back(index, &error);
+                *slot = None;
             }
             slots.ports.push(port);
         }

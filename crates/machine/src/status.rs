@@ -9,6 +9,7 @@ use outboard_control::{
 use outboard_host_pci::HostFunction;
 use outboard_passthrough::{Loss, Vacated};
 use outboard_pci::RootPort;
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::Instant;
 
@@ -30,6 +31,8 @@ struct State {
 struct Live {
     bus: Arc<MmioBus>,
     ports: Vec<Arc<RootPort>>,
+    /// Indices of the ports whose device was lost since the machine was built, with nothing there since.
+    lost: BTreeSet<usize>,
 }
 
 impl Board {
@@ -74,8 +77,8 @@ impl Board {
         for (slot, (device, _)) in state.status.slots.iter_mut().zip(&ports) {
             slot.port = format!("00:{device:02x}.0");
         }
-        state.live =
-            Some(Live { bus: bus.clone(), ports: ports.into_iter().map(|(_, port)| port).collect() });
+        let ports = ports.into_iter().map(|(_, port)| port).collect();
+        state.live = Some(Live { bus: bus.clone(), ports, lost: BTreeSet::new() });
     }
 
     /// The DMA devices of the machine that stands, for each slot that has one.
@@ -101,6 +104,9 @@ impl Board {
                 lost: None,
             }
         };
+        if let Some(live) = &mut self.lock().live {
+            live.lost.remove(&index);
+        }
         self.slot(index, |slot| {
             slot.device = Some(device);
             slot.functions = functions.iter().map(function).collect();
@@ -115,6 +121,9 @@ impl Board {
 
     /// Slot `index` is empty; what was lost stays there to be seen until something else takes its place.
     pub(crate) fn vacated(&self, index: usize, why: &Vacated) {
+        if let (Some(live), Vacated::Lost(_)) = (&mut self.lock().live, why) {
+            live.lost.insert(index);
+        }
         self.slot(index, |slot| match why {
             Vacated::Ejected => {
                 *slot = Slot { port: std::mem::take(&mut slot.port), ..Slot::default() };
@@ -135,6 +144,24 @@ impl Board {
                 }
             }
         });
+    }
+
+    /// The device in slot `index` could not be had again after a reboot.
+    pub(crate) fn not_back(&self, index: usize, error: &crate::Error) {
+        self.slot(index, |slot| (slot.state, slot.why) = (SlotState::Broken, Some(error.to_string())));
+    }
+
+    /// Whether the guest was booted before.
+    pub(crate) fn booted(&self) -> bool {
+        self.lock().status.boots > 0
+    }
+
+    /// Whether the guest has turned off the power of every slot that lost its device: what it turns off later would be taken for its wish to have
+    /// the next device out.
+    pub(crate) fn settled(&self) -> bool {
+        let state = self.lock();
+        let Some(Live { ports, lost, .. }) = &state.live else { return true };
+        lost.iter().all(|index| ports.get(*index).is_none_or(|port| !port.powered()))
     }
 
     /// Whether the device in slot `index` has power: the guest has taken it. `None` if there is none (any more).
@@ -161,7 +188,7 @@ impl Board {
         let state = self.lock();
         let mut status = state.status.clone();
         status.uptime_s = self.started.elapsed().as_secs();
-        if let Some(Live { bus, ports }) = &state.live {
+        if let Some(Live { bus, ports, .. }) = &state.live {
             let stats = bus.stats();
             status.counters =
                 Some(Counters { unmapped_accesses: stats.unmapped, refused_accesses: stats.refused });
@@ -200,3 +227,103 @@ fn counters(companion: &Companion) -> DmaCounters {
 }
 
 const GONE: &str = "it was unplugged, or the host wanted it back";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ConsoleTarget;
+    use outboard_bus::{Event, MsiMessage, MsiSink, Width};
+    use outboard_host_pci::simulated::{SimulatedDevice, SimulatedDomain, endpoint};
+    use outboard_hypervisor::{ThreadPriority, VcpuOptions};
+    use outboard_pci::{ConfigAccess, HotPlug, PciFunction};
+
+    struct Nowhere;
+
+    impl MsiSink for Nowhere {
+        fn send(&self, _: MsiMessage) {}
+    }
+
+    /// A board of a machine with one port, and the port.
+    fn board() -> (Board, Arc<RootPort>) {
+        let spec = MachineSpec {
+            name: None,
+            kernel: "Image".into(),
+            initrd: None,
+            command_line: String::new(),
+            cpus: 2,
+            memory: 1 << 30,
+            console: ConsoleTarget::None,
+            virtio_console: ConsoleTarget::None,
+            disks: vec!["/d.img:ro".parse().unwrap()],
+            nets: vec![],
+            vsock: None,
+            devices: vec![],
+            spare_ports: 1,
+            no_reboot: false,
+            vcpu: VcpuOptions { tso: false, priority: ThreadPriority::Normal },
+        };
+        let power = Arc::new(Event::new().unwrap());
+        let port = Arc::new(RootPort::with_hot_plug(3, HotPlug { msi: Arc::new(Nowhere), power }));
+        let board = Board::new(&spec);
+        board.built(&Arc::new(MmioBus::new()), vec![(3, port.clone())]);
+        (board, port)
+    }
+
+    fn function() -> Arc<dyn HostFunction> {
+        let device = SimulatedDevice::new("01:00.0".parse().unwrap(), endpoint()).unwrap();
+        Arc::new(device.open(&SimulatedDomain::new()).unwrap())
+    }
+
+    /// The guest's write of slot control (PCIe 7.5.3.10): power on or off.
+    fn set_power(port: &RootPort, on: bool) {
+        let dword = |at: u16| port.config_read(ConfigAccess::new(at, Width::B4).unwrap());
+        let mut at = (dword(0x34) & 0xff) as u16;
+        while dword(at) & 0xff != 0x10 {
+            at = (dword(at) >> 8 & 0xff) as u16;
+        }
+        let control = dword(at + 0x18) & 0xffff & !(1 << 10) | u32::from(!on) << 10;
+        port.config_write(ConfigAccess::new(at + 0x18, Width::B2).unwrap(), control);
+    }
+
+    #[test]
+    fn a_slot_is_followed_from_full_to_lost_to_full() {
+        let (board, port) = board();
+        assert_eq!(board.read().slots[0].port, "00:03.0");
+        assert_eq!((board.powered(0), board.settled()), (None, true));
+        board.filled(0, "0000:01:00".into(), &[function()]);
+        assert_eq!(board.powered(0), Some(true));
+        set_power(&port, false);
+        assert_eq!((board.powered(0), board.read().slots[0].state), (Some(false), SlotState::Off));
+        set_power(&port, true);
+        let address = "0000:01:00.0".parse().unwrap();
+        board.vacated(0, &Vacated::Lost(vec![(address, Loss::Broken("it hangs".into()))]));
+        let slot = board.read().slots.remove(0);
+        assert_eq!((slot.state, slot.device.as_deref()), (SlotState::Broken, Some("0000:01:00")));
+        assert_eq!(slot.functions[0].lost.as_deref(), Some("it hangs"));
+        assert!(!board.settled(), "the guest has not turned the slot off");
+        set_power(&port, false);
+        assert!(board.settled());
+        board.filled(0, "0000:01:00".into(), &[function()]);
+        assert!(board.read().slots[0].functions[0].lost.is_none());
+        board.ejecting(0);
+        board.vacated(0, &Vacated::Ejected);
+        let empty = Slot { port: "00:03.0".into(), ..Slot::default() };
+        assert_eq!(board.read().slots[0], empty);
+    }
+
+    #[test]
+    fn what_was_lost_is_still_known_after_a_reboot() {
+        let (board, port) = board();
+        board.filled(0, "0000:01:00".into(), &[function()]);
+        board.vacated(0, &Vacated::Lost(vec![]));
+        board.taken_apart();
+        let between = board.read();
+        assert_eq!((between.state, between.counters), (GuestState::Stopping, None));
+        board.built(&Arc::new(MmioBus::new()), vec![(4, port)]);
+        let after = board.read();
+        assert_eq!((after.boots, after.slots[0].state), (2, SlotState::Gone));
+        assert_eq!(after.slots[0].port, "00:04.0");
+        assert!(board.settled(), "this boot's guest has lost nothing");
+        assert_eq!((after.vcpus, after.memory, after.disks[0].read_only), (2, 1 << 30, true));
+    }
+}
