@@ -59,7 +59,9 @@ fn serve() -> Result<()> {
             }
             Input::Command(Command::PowerOff) | Input::PortClosed => return Ok(()),
             // Left over from a case that is over.
-            Input::Command(Command::Input(_) | Command::Abort) | Input::Event(_) | Input::CaseClosed => {}
+            Input::Command(Command::Input(_) | Command::Monitored(_) | Command::Abort)
+            | Input::Event(_)
+            | Input::CaseClosed => {}
         }
     }
 }
@@ -133,7 +135,9 @@ fn supervise(
             Ok(Input::Event(line)) => writeln!(events, "{line}").context("cannot write to the port")?,
             Ok(Input::CaseClosed) => break None,
             Ok(Input::Command(Command::Abort)) => break Some("stopped on request".to_owned()),
-            Ok(Input::Command(command @ Command::Input(_))) => forward(&mut stdin, &command),
+            Ok(Input::Command(command @ (Command::Input(_) | Command::Monitored(_)))) => {
+                forward(&mut stdin, &command)
+            }
             Ok(Input::Command(command)) => println!("lab-agent: a case runs, ignored: {command:?}"),
             Err(RecvTimeoutError::Timeout) => break Some(format!("not over after {} s", limit.as_secs())),
             Ok(Input::PortClosed) | Err(RecvTimeoutError::Disconnected) => bail!("the port closed"),

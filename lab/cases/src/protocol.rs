@@ -40,6 +40,8 @@ pub enum Command {
     },
     /// Text for the guest's console (the `shell` case reads it).
     Input(String),
+    /// What the emulator's monitor said to [`Event::Monitor`].
+    Monitored(String),
     /// Give up the case that is running.
     Abort,
     /// Switch the emulated host off.
@@ -82,6 +84,9 @@ pub enum Event {
     Console(String),
     /// A sentence for whoever watches.
     Log(String),
+    /// A command for the monitor of the emulator that the emulated host runs in, as a person would type it: answered with
+    /// [`Command::Monitored`]. So cases plug and unplug what is hardware to the emulated host.
+    Monitor(String),
     /// Part of the running case, counted by itself.
     Part {
         /// Its name below the case's.

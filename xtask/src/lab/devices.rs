@@ -2,7 +2,7 @@
 
 use crate::paths::Paths;
 use anyhow::{Context, Result};
-use lab_cases::host::Port;
+use lab_cases::host::{PLUGGABLE, Port};
 use std::fs::File;
 use std::process::Command;
 
@@ -13,8 +13,9 @@ const DISK_MIB: u64 = 64;
 pub fn add(paths: &Paths, command: &mut Command) -> Result<()> {
     for port in Port::ALL {
         // Without hot plug a reset of the port's bus takes no time.
+        let hotplug = if port == Port::Pluggable { "on" } else { "off" };
         command.arg("-device").arg(format!(
-            "pcie-root-port,id={},chassis={},addr={:#x},hotplug=off",
+            "pcie-root-port,id={},chassis={},addr={:#x},hotplug={hotplug}",
             port.id(),
             port.device(),
             port.device()
@@ -35,6 +36,7 @@ pub fn add(paths: &Paths, command: &mut Command) -> Result<()> {
     for name in ["nvme", "stick", "sata", "sata2"] {
         add_drive(paths, command, name)?;
     }
+    add_node(paths, command, PLUGGABLE.0)?;
     command.args(["-device", "usb-storage,bus=usb.0,drive=stick"]);
     command.args(["-device", "ide-hd,bus=sata.0,drive=sata", "-device", "ide-hd,bus=sata2.0,drive=sata2"]);
     command.args(["-audiodev", "none,id=silence"]);
@@ -47,10 +49,23 @@ pub fn add(paths: &Paths, command: &mut Command) -> Result<()> {
 }
 
 fn add_drive(paths: &Paths, command: &mut Command, name: &str) -> Result<()> {
+    let path = image(paths, name)?;
+    command.arg("-drive").arg(format!("if=none,id={name},format=raw,file={path}"));
+    Ok(())
+}
+
+/// A disk that stays when its device is unplugged.
+fn add_node(paths: &Paths, command: &mut Command, name: &str) -> Result<()> {
+    let path = image(paths, name)?;
+    let node = format!("driver=raw,node-name={name},file.driver=file,file.filename={path}");
+    command.arg("-blockdev").arg(node);
+    Ok(())
+}
+
+/// Makes the image; its path for the emulator's command line.
+fn image(paths: &Paths, name: &str) -> Result<String> {
     let image = paths.lab.join(format!("{name}.img"));
     let file = File::create(&image).with_context(|| format!("cannot create {}", image.display()))?;
     file.set_len(DISK_MIB << 20)?;
-    let path = image.to_str().context("the clone's path is not valid UTF-8; move it")?.replace(',', ",,");
-    command.arg("-drive").arg(format!("if=none,id={name},format=raw,file={path}"));
-    Ok(())
+    Ok(image.to_str().context("the clone's path is not valid UTF-8; move it")?.replace(',', ",,"))
 }

@@ -6,6 +6,7 @@ mod formats;
 mod images;
 mod libraries;
 mod modules;
+mod monitor;
 mod packages;
 mod peer;
 mod report;
@@ -248,6 +249,10 @@ pub fn run_case(
             }
             Event::Sample { metric, vmm, value } => report.samples.push(Sample { metric, vmm, value }),
             Event::Console(_) | Event::Ready { .. } => {}
+            Event::Monitor(line) => {
+                let said = session.monitor(&line)?;
+                session.send(&Command::Monitored(said))?;
+            }
             Event::Log(text) => progress.say(&format!("    {text}")),
             Event::Part { name: part, outcome } => {
                 let name = format!("{name}/{part}");

@@ -1,6 +1,7 @@
 //! The emulated host: a QEMU process, its command channel, its console.
 
 use super::images::HostImages;
+use super::monitor::{self, Monitor};
 use super::{devices, devicetree};
 use crate::paths::Paths;
 use crate::process;
@@ -24,6 +25,9 @@ const MEMORY_MIB: u32 = 4096;
 pub struct Session {
     child: Child,
     commands: ChildStdin,
+    /// Connected when it is first used.
+    monitor: Option<Monitor>,
+    lab: PathBuf,
     events: Receiver<Event>,
     console: PathBuf,
     /// Release of its kernel.
@@ -53,7 +57,15 @@ impl Session {
                 }
             }
         })?;
-        let mut session = Self { child, commands, events, console, kernel: String::new() };
+        let mut session = Self {
+            child,
+            commands,
+            monitor: None,
+            lab: paths.lab.clone(),
+            events,
+            console,
+            kernel: String::new(),
+        };
         match session.next(START_LIMIT).context("the emulated host does not come up")? {
             Event::Ready { kernel, kvm: true } => session.kernel = kernel,
             Event::Ready { kvm: false, .. } => bail!("the emulated host has no /dev/kvm"),
@@ -68,6 +80,15 @@ impl Session {
         line.push('\n');
         self.commands.write_all(line.as_bytes()).context("the emulated host is gone")?;
         self.commands.flush().context("the emulated host is gone")
+    }
+
+    /// Has the emulator's monitor do what `line` says; what it said.
+    pub fn monitor(&mut self, line: &str) -> Result<String> {
+        let monitor = match &mut self.monitor {
+            Some(monitor) => monitor,
+            empty => empty.insert(Monitor::connect(&self.lab)?),
+        };
+        monitor.command(line)
     }
 
     /// The next event.
@@ -155,6 +176,7 @@ fn emulator(paths: &Paths, images: &HostImages, console: &Path) -> Result<Comman
     command.arg("-virtfs").arg(share(paths.share(), SHARE_TAG, ",readonly=on")?);
     command.arg("-virtfs").arg(share(paths.out(), OUT_TAG, "")?);
     devices::add(paths, &mut command)?;
+    monitor::add(&paths.lab, &mut command)?;
     command.arg("-kernel").arg(&images.kernel).arg("-initrd").arg(&images.initrd);
     command.args(["-append", "console=ttyAMA0 panic=-1 quiet lab.role=host"]);
     Ok(command)

@@ -1,6 +1,7 @@
 //! PCI functions in the guest that belong to the host: where they are, who drives them, how they interrupt.
 
-use super::wait_for;
+use super::pci::{PAGE, Registers};
+use super::{dma_device, wait_for};
 use anyhow::{Context, Result, ensure};
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt;
@@ -69,6 +70,17 @@ impl GuestFunction {
             let link = fs::read_link(self.folder().join("driver")).ok()?;
             (link.file_name()? == driver).then_some(())
         })
+    }
+
+    /// Takes it from its driver, and maps the first page of BAR `index`.
+    pub fn take_registers(&self, index: u8) -> Result<Registers> {
+        let driver = self.folder().join("driver");
+        if driver.exists() {
+            fs::write(driver.join("unbind"), &self.address)
+                .with_context(|| format!("cannot take {} from its driver", self.address))?;
+        }
+        dma_device::enable(&self.folder())?;
+        Registers::of_bar(&self.folder(), index, PAGE)
     }
 
     /// The network interface that its driver made.

@@ -9,6 +9,7 @@ pub mod input;
 pub mod kexec;
 pub mod net;
 pub mod nvme;
+pub mod nvme_ioctl;
 pub mod pci;
 pub mod published;
 pub mod sound;

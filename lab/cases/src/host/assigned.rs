@@ -65,6 +65,14 @@ pub struct Assigned {
 }
 
 impl Assigned {
+    /// The same for devices that are plugged and pulled: page tables are not compared at the end, since the emulated host's own for them come and
+    /// go with them.
+    pub fn bind_pluggable(ports: &[Port]) -> Result<Self> {
+        let mut assigned = Self::bind(ports)?;
+        assigned.held_before.tables = None;
+        Ok(assigned)
+    }
+
     /// Takes what is behind `ports` from the emulated host's drivers.
     pub fn bind(ports: &[Port]) -> Result<Self> {
         let since = uptime()?;
@@ -97,7 +105,7 @@ impl Assigned {
     pub fn release_with(mut self, mut judge: impl FnMut(&SmmuFault) -> Result<()>) -> Result<()> {
         let before = self.held_before;
         let held = wait_for("end of what the IOMMU held", Duration::from_secs(10), || {
-            Held::now().ok().filter(|now| *now == before)
+            Held::now().ok().filter(|now| before.allows(now))
         });
         held.with_context(|| format!("before: {before:?}, now: {:?}", Held::now()))?;
         self.released = true;
@@ -126,10 +134,15 @@ struct Held {
     /// Pages pinned for devices (Linux, Documentation/core-api/pin_user_pages.rst).
     pinned: i64,
     /// Pages of IOMMU page tables; counted since Linux 6.11.
-    tables: i64,
+    tables: Option<i64>,
 }
 
 impl Held {
+    /// Whether `now` is no more and no less than this, as far as it is compared.
+    fn allows(&self, now: &Self) -> bool {
+        self.pinned == now.pinned && (self.tables.is_none() || self.tables == now.tables)
+    }
+
     fn now() -> Result<Self> {
         // Adds up what each CPU has counted for itself so far.
         fs::write("/proc/sys/vm/stat_refresh", "1").context("cannot refresh /proc/vmstat")?;
@@ -139,7 +152,7 @@ impl Held {
             value.with_context(|| format!("/proc/vmstat has no {name}"))
         };
         let pinned = counter("nr_foll_pin_acquired ")? - counter("nr_foll_pin_released ")?;
-        Ok(Self { pinned, tables: counter("nr_iommu_pages ")? })
+        Ok(Self { pinned, tables: Some(counter("nr_iommu_pages ")?) })
     }
 }
 

@@ -9,21 +9,22 @@ mod stuck;
 mod vm;
 
 pub use assigned::{Assigned, AssignedSlot, Dma, SmmuFault, driver_of, outboard, smmu_faults};
-pub use ports::Port;
+pub use ports::{PLUGGABLE, Port};
 pub use serve::{DNS_ANSWER, DNS_NAME, dns_server, web_server};
 pub use spec::{Console, Disk, GuestSpec, INITRD_DEVICES, INITRD_DMA, Kernel};
 pub use stuck::DEBUGFS;
 pub use vm::{ExitKind, RunningVm};
 
-use crate::guest::load_module;
-use crate::protocol::{Event, Outcome, Vmm};
-use anyhow::{Context, Result, bail};
+use crate::guest::{load_module, wait_for};
+use crate::protocol::{Command as Order, Event, Outcome, Vmm};
+use anyhow::{Context, Result, bail, ensure};
 use std::cell::Cell;
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-use std::time::Instant;
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// Where the read-only share is mounted in the emulated host.
 pub const SHARE: &str = "/lab";
@@ -36,6 +37,9 @@ pub const MODULES: [&str; 6] =
     ["virtio_pci", "virtio_console", "9p", "9pnet_virtio", "vfio_iommu_type1", "vfio_pci"];
 /// Modules that host halves may ask for: the network between host and guest, the host's own drivers of what guests get.
 pub const CASE_MODULES: [&str; 3] = ["virtio_net", "nvme", "ahci"];
+
+/// Most time until the emulated host's kernel has found a new device, or let go of one: it waits 5 s after the button was pressed.
+const PLUG: Duration = Duration::from_secs(60);
 
 /// The emulated host, as a case sees it.
 pub struct Host {
@@ -107,6 +111,42 @@ impl Host {
         let logs = Path::new(OUT).join("logs");
         let stem = format!("{}-{boot}", self.case);
         RunningVm::start(spec, &logs, &stem, self.stream_console.get())
+    }
+
+    /// Has the emulator that this host runs in do what `command` says, as a person would type it at its monitor: hardware comes and goes. Returns
+    /// what it said, mostly nothing. For cases that read nothing else from their standard input.
+    pub fn monitor(&self, command: &str) -> Result<String> {
+        send(&Event::Monitor(command.to_owned()));
+        let mut line = String::new();
+        std::io::stdin().read_line(&mut line).context("cannot read the monitor's answer")?;
+        match serde_json::from_str(&line) {
+            Ok(Order::Monitored(said)) => Ok(said),
+            _ => bail!("the monitor's answer to '{command}' is '{}'", line.trim()),
+        }
+    }
+
+    /// Plugs an NVMe disk into [`Port::Pluggable`] and waits until this host's kernel has found it.
+    pub fn plug_nvme(&self) -> Result<()> {
+        Port::Pluggable.isolate()?;
+        let (.., device) = PLUGGABLE;
+        // One that was there is really gone only once this host's kernel has turned the slot off.
+        let deadline = Instant::now() + PLUG;
+        loop {
+            let said = self.monitor(&format!("device_add {device}"))?;
+            if said.is_empty() {
+                break;
+            }
+            ensure!(Instant::now() < deadline, "device_add {device}: {said}");
+            thread::sleep(Duration::from_millis(200));
+        }
+        wait_for("the plugged disk", PLUG, || Port::Pluggable.functions().ok()).map(drop)
+    }
+
+    /// Asks this host to let go of that disk, as the button beside a slot does, and waits until it is out.
+    pub fn unplug_nvme(&self) -> Result<()> {
+        let said = self.monitor(&format!("device_del {}", PLUGGABLE.1))?;
+        ensure!(said.is_empty(), "device_del: {said}");
+        wait_for("the end of the plugged disk", PLUG, || Port::Pluggable.functions().is_err().then_some(()))
     }
 
     /// Loads a module of [`CASE_MODULES`]; it stays for the cases that follow.

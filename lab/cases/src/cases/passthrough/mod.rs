@@ -3,9 +3,11 @@
 //! Every case works with any [`Dma`]: which, its name says.
 
 mod abuse;
+mod bench;
 mod errors;
 mod network;
 mod reboot;
+mod removal;
 mod rtx5090;
 mod several;
 mod sound;
@@ -38,6 +40,8 @@ pub(super) fn cases() -> Vec<Case> {
         rtx5090::cases(),
         errors::cases(),
         abuse::cases(),
+        removal::cases(),
+        bench::cases(),
     ];
     groups.into_iter().flatten().collect()
 }
