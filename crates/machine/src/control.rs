@@ -2,7 +2,7 @@
 
 use crate::passthrough::HostSlot;
 use crate::run::{EventSender, MachineEvent};
-use crate::slots::Reply;
+use crate::slots::{PRESS_AGAIN, Reply};
 use crate::status::Board;
 use crate::{DeviceSpec, Error, MachineSpec};
 use outboard_control::{Answer, Folder, Handler, Request, Server};
@@ -105,8 +105,13 @@ impl Control {
         self.events.send(MachineEvent::Control(Order::Add(slot, reply)));
         // How long the machine takes to pin the guest's memory is not the guest's time.
         let index = answer.recv().map_err(|_| ENDED.to_owned())??;
-        let deadline = Instant::now() + wait;
+        self.board.press(index);
+        let (deadline, mut pressed) = (Instant::now() + wait, Instant::now());
         loop {
+            if pressed.elapsed() > PRESS_AGAIN {
+                self.board.press(index);
+                pressed = Instant::now();
+            }
             match self.board.powered(index) {
                 Some(true) => return Ok(Answer::Done(format!("{selection} is in the guest"))),
                 None => {

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 /// After a press of the attention button a guest takes five seconds in which a second one takes it back (PCIe 6.7.1.5): before this is over it
 /// is not pressed again.
-const PRESS_AGAIN: Duration = Duration::from_secs(10);
+pub(crate) const PRESS_AGAIN: Duration = Duration::from_secs(10);
 
 /// Where the one who asked for something hears of it.
 pub(crate) type Reply = Sender<Result<Answer, String>>;

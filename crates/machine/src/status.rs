@@ -156,12 +156,24 @@ impl Board {
         self.lock().status.boots > 0
     }
 
-    /// Whether the guest has turned off the power of every slot that lost its device: what it turns off later would be taken for its wish to have
-    /// the next device out.
+    /// Whether every port without a device has come to rest: the guest is through with turning off what was there. What it still turned off later
+    /// would be taken for its wish to have the next device out.
     pub(crate) fn settled(&self) -> bool {
         let state = self.lock();
         let Some(Live { ports, lost, .. }) = &state.live else { return true };
-        lost.iter().all(|index| ports.get(*index).is_none_or(|port| !port.powered()))
+        let vacant =
+            |slot: &Slot| matches!(slot.state, SlotState::Empty | SlotState::Gone | SlotState::Broken);
+        let mut ports = ports.iter().zip(&state.status.slots).enumerate();
+        ports.all(|(index, (port, slot))| {
+            let rests = if port.powered() { !lost.contains(&index) } else { port.is_off() };
+            rests || !vacant(slot)
+        })
+    }
+
+    /// Presses the button of slot `index` if the guest has its power off: without that it does not turn on a slot that has a button.
+    pub(crate) fn press(&self, index: usize) {
+        let port = self.lock().live.as_ref().and_then(|live| live.ports.get(index).cloned());
+        port.iter().filter(|port| !port.powered()).for_each(|port| port.press_attention_button());
     }
 
     /// Whether the device in slot `index` has power: the guest has taken it. `None` if there is none (any more).
@@ -274,14 +286,14 @@ mod tests {
         Arc::new(device.open(&SimulatedDomain::new()).unwrap())
     }
 
-    /// The guest's write of slot control (PCIe 7.5.3.10): power on or off.
-    fn set_power(port: &RootPort, on: bool) {
+    /// The guest's write of slot control (PCIe 7.5.3.10): power on or off, power indicator (1 on, 2 blinks, 3 off).
+    fn set_power(port: &RootPort, on: bool, indicator: u32) {
         let dword = |at: u16| port.config_read(ConfigAccess::new(at, Width::B4).unwrap());
         let mut at = (dword(0x34) & 0xff) as u16;
         while dword(at) & 0xff != 0x10 {
             at = (dword(at) >> 8 & 0xff) as u16;
         }
-        let control = dword(at + 0x18) & 0xffff & !(1 << 10) | u32::from(!on) << 10;
+        let control = dword(at + 0x18) & 0xffff & !(0b111 << 8) | u32::from(!on) << 10 | indicator << 8;
         port.config_write(ConfigAccess::new(at + 0x18, Width::B2).unwrap(), control);
     }
 
@@ -292,16 +304,18 @@ mod tests {
         assert_eq!((board.powered(0), board.settled()), (None, true));
         board.filled(0, "0000:01:00".into(), &[function()]);
         assert_eq!(board.powered(0), Some(true));
-        set_power(&port, false);
+        set_power(&port, false, 3);
         assert_eq!((board.powered(0), board.read().slots[0].state), (Some(false), SlotState::Off));
-        set_power(&port, true);
+        set_power(&port, true, 1);
         let address = "0000:01:00.0".parse().unwrap();
         board.vacated(0, &Vacated::Lost(vec![(address, Loss::Broken("it hangs".into()))]));
         let slot = board.read().slots.remove(0);
         assert_eq!((slot.state, slot.device.as_deref()), (SlotState::Broken, Some("0000:01:00")));
         assert_eq!(slot.functions[0].lost.as_deref(), Some("it hangs"));
         assert!(!board.settled(), "the guest has not turned the slot off");
-        set_power(&port, false);
+        set_power(&port, false, 2);
+        assert!(!board.settled(), "it is not through with it");
+        set_power(&port, false, 3);
         assert!(board.settled());
         board.filled(0, "0000:01:00".into(), &[function()]);
         assert!(board.read().slots[0].functions[0].lost.is_none());

@@ -30,6 +30,8 @@ pub(crate) mod slot {
     /// Event enables, indicators, power; no interlock.
     pub(crate) const WRITABLE: u32 = 0x17ff;
     pub(crate) const INTERRUPT_ENABLE: u32 = 1 << 5;
+    /// Power indicator; all bits set is off.
+    pub(crate) const INDICATOR: u32 = 0b11 << 8;
     pub(crate) const POWER_OFF: u32 = 1 << 10;
     pub(crate) const BUTTON_PRESSED: u32 = 1 << 16;
     pub(crate) const PRESENCE_CHANGED: u32 = 1 << (16 + 3);

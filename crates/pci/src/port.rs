@@ -97,6 +97,14 @@ impl RootPort {
         self.lock().powered(self.pcie)
     }
 
+    /// Whether the guest is through with turning the slot off: no power, and its indicator is off. Before that it takes no press of the button for a
+    /// wish to turn it on (Linux's pciehp waits a second between the two).
+    pub fn is_off(&self) -> bool {
+        let state = self.lock();
+        !state.powered(self.pcie)
+            && state.config.dword(self.pcie + slot::DWORD) & slot::INDICATOR == slot::INDICATOR
+    }
+
     /// Whether there is a device in the slot and power: nothing behind the port answers otherwise.
     pub fn link_up(&self) -> bool {
         let state = self.lock();
