@@ -18,7 +18,8 @@ use std::process::Command;
 /// Kernels that the emulated host is started with; `lab_cases::host_kernel` says which case gets which.
 pub const HOST_KERNELS: [Kernel; 2] = [Kernel::V6_1, Kernel::V6_12];
 /// Modules that guest halves may ask for.
-const GUEST_MODULES: [&str; 8] = [
+const GUEST_MODULES: [&str; 9] = [
+    "virtio_pci",
     "nvme",
     "virtio_blk",
     "virtio_net",

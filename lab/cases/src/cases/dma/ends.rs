@@ -6,7 +6,7 @@ use crate::data::{BLOCK, Pattern};
 use crate::guest::disk::GuestDisk;
 use crate::guest::dma::{Stats, domains};
 use crate::guest::function::GuestFunction;
-use crate::guest::{Guest, kexec, wait_for};
+use crate::guest::{Guest, kexec, load_module, wait_for};
 use crate::host::{Assigned, Disk, ExitKind, GuestSpec, Host, Kernel, Port};
 use anyhow::{Context, Result, bail, ensure};
 use std::fs;
@@ -189,6 +189,8 @@ fn kexec_guest(guest: &mut Guest) -> Result<()> {
     }
     disk.write_pattern(run, 0, BLOCKS)?;
     disk.flush()?;
+    // Built in from some kernel on.
+    load_module("virtio_pci")?;
     guest.need("virtio_blk")?;
     let kernel = kexec::read("vda", guest.number("kernel")?)?;
     let initrd = kexec::read("vdb", guest.number("initrd")?)?;
