@@ -23,7 +23,7 @@ pub(super) const RUN: &str = "/sys/kernel/debug/outboard_stress/run";
 const GRANULE: u64 = 16 << 10;
 
 pub(super) fn cases() -> Vec<Case> {
-    let case = |name, about| Case { name, about, limit_s: 1800, group: Group::Tool, host, guest };
+    let case = |name, about| Case { name, about, limit_s: 1800, group: Group::Test, host, guest };
     vec![
         case("dma-mac-stress", "the module under load from 4 vCPUs in every context, at a Mac's limits"),
         case("dma-tight-stress", "the same at 24 MiB in 666 mappings"),
