@@ -49,10 +49,7 @@ pub(super) fn cases() -> Vec<Case> {
             rebind,
         ),
         case("dma-mac-crash", "the guest's kernel crashes during traffic", crash_host, crash),
-        Case {
-            group: Group::Tool,
-            ..case("dma-mac-kexec", "the guest's kernel starts another one", kexec_host, kexec_guest)
-        },
+        case("dma-mac-kexec", "the guest's kernel starts another one", kexec_host, kexec_guest),
         case("dma-mac-kill", "the process is killed during traffic", kill_host, kill),
     ]
 }
