@@ -9,7 +9,7 @@ mod stress;
 use crate::case::Case;
 
 /// Names of the passthrough cases, and of the same with `dma=mac`.
-const MAC: [(&str, &str); 8] = [
+const MAC: [(&str, &str); 9] = [
     ("passthrough-nvme", "dma-mac-nvme"),
     ("passthrough-ahci", "dma-mac-ahci"),
     ("passthrough-xhci", "dma-mac-xhci"),
@@ -18,6 +18,7 @@ const MAC: [(&str, &str); 8] = [
     ("passthrough-multifunction", "dma-mac-multifunction"),
     ("passthrough-two-devices", "dma-mac-two-devices"),
     ("passthrough-reboot", "dma-mac-reboot"),
+    ("passthrough-removal", "dma-mac-removal"),
 ];
 
 pub(super) fn cases() -> Vec<Case> {
@@ -35,13 +36,8 @@ mod tests {
     use crate::host::Dma;
 
     /// Without a driver that asks for memory; and the abuse, which is the same work twice.
-    const WITHOUT: [&str; 5] = [
-        "passthrough-errors",
-        "passthrough-rtx5090",
-        "passthrough-abuse",
-        "bench-passthrough",
-        "passthrough-removal",
-    ];
+    const WITHOUT: [&str; 4] =
+        ["passthrough-errors", "passthrough-rtx5090", "passthrough-abuse", "bench-passthrough"];
 
     #[test]
     fn each_passthrough_case_also_runs_under_a_macs_limits() {

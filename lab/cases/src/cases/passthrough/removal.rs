@@ -1,7 +1,7 @@
 //! A disk that goes while the guest reads from it, and comes back.
 
 use super::{STEP, case, class, guest_with};
-use crate::case::{Case, Group};
+use crate::case::Case;
 use crate::data::{BLOCK, Pattern};
 use crate::guest::disk::GuestDisk;
 use crate::guest::function::GuestFunction;
@@ -22,15 +22,13 @@ const BLOCKS: u64 = (4 << 20) / BLOCK as u64;
 /// Most time until a guest's kernel, or the emulated host's, has noticed.
 const NOTICE: Duration = Duration::from_secs(90);
 
-/// By name only: losing the disk and having it again has passed in the lab, the rest has not been seen to its end yet.
 pub(super) fn cases() -> Vec<Case> {
-    let by_name = |case| Case { group: Group::Tool, ..case };
-    vec![by_name(case(
+    vec![case(
         "passthrough-removal",
         "the disk is asked back while dd reads it; the guest lives on; removed and added in good order, data intact",
         host,
         guest,
-    ))]
+    )]
 }
 
 fn host(host: &Host) -> Result<Option<String>> {
