@@ -7,6 +7,7 @@ use crate::guest::config::{
 };
 use crate::guest::disk::GuestDisk;
 use crate::guest::function::GuestFunction;
+use crate::guest::nvme::RawNvme;
 use crate::guest::pci::{DmaPage, PAGE, Registers};
 use crate::guest::sound::{Playback, RATE};
 use anyhow::{Context, Result, ensure};
@@ -20,18 +21,21 @@ const ELSEWHERE: [u64; 6] =
     [0x0800_0000, 0x0801_0000, 0x0900_0000, 0x1000_0000, 0x4000_0000, 0xffff_ffff_fff0_0000];
 /// Doorbell of the guest's MSI frame.
 const DOORBELL: u64 = 0x0801_0040;
+/// Most time for a command of one page.
+const PROMPT: Duration = Duration::from_secs(10);
 const FLR: u32 = 1 << 15;
 const BAR_COUNT: usize = 6;
 
 type Attack = fn(&Victim, &Witness) -> Result<()>;
 
 /// On a function without a driver; its slot is reset after each.
-pub(super) const ATTACKS: [(&str, Attack); 6] = [
+pub(super) const ATTACKS: [(&str, Attack); 7] = [
     ("config-reads", |victim, _| victim.read_all()),
     ("config-ones", |victim, _| victim.write_all(|_, _| u32::MAX)),
     ("config-random", |victim, _| victim.write_all(random)),
     ("bars-on-top", Victim::bars_on_top),
     ("msix-rubbish", |victim, _| victim.msix_rubbish()),
+    ("stray-dma", |victim, _| victim.stray_dma()),
     ("decode-and-reset-while-read", |victim, _| {
         victim.read_while(|| victim.toggle(20).and_then(|()| victim.reset_all()))
     }),
@@ -172,6 +176,22 @@ impl Victim {
             }
         }
         self.config.update(at + 2, 0xc000, 0)
+    }
+
+    /// An NVMe controller is told to write where no guest memory is. The host half sees the fault, and so that it would see others.
+    fn stray_dma(&self) -> Result<()> {
+        if self.header[2] >> 8 != super::class::NVME {
+            return Ok(());
+        }
+        let nvme = RawNvme::open()?;
+        let [queue, done, answer] = [0, 1, 2].map(|index: usize| nvme.pages[index].address());
+        let serial = nvme.identify([queue, done, answer], PROMPT)?;
+        ensure!(serial.as_deref() == Some("outboard-lab"), "the controller says that it is {serial:?}");
+        // How the command ends is the controller's to say.
+        let _ = nvme.identify([queue, done, super::STRAY], PROMPT);
+        let serial = nvme.identify([queue, done, answer], PROMPT)?;
+        ensure!(serial.is_some(), "the controller does not work after a fault");
+        Ok(())
     }
 
     /// Runs `work` while another thread reads the BARs all the time.
