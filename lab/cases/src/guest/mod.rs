@@ -7,6 +7,7 @@ pub mod dma_device;
 pub mod function;
 pub mod input;
 pub mod kexec;
+mod mmio;
 pub mod net;
 pub mod nvme;
 pub mod nvme_ioctl;

@@ -1,7 +1,7 @@
 //! PCI devices in the guest, taken from their driver: registers mapped into this process.
 #![allow(unsafe_code)] // UNSAFETY: device registers and pages that a device writes are reached through raw pointers.
 
-use super::wait_for;
+use super::{mmio, wait_for};
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::mman::{MapFlags, ProtFlags, mlock, mmap, mmap_anonymous, munmap};
 use std::fs::{self, File, OpenOptions};
@@ -149,14 +149,14 @@ impl Registers {
 
     /// Reads a register of 1, 2, 4 or 8 bytes.
     pub fn read<T: Copy>(&self, offset: usize) -> T {
-        // SAFETY: mapped and aligned (`at`); volatile, since each access counts.
-        unsafe { self.at::<T>(offset).read_volatile() }
+        // SAFETY: mapped and aligned (`at`).
+        unsafe { mmio::read(self.at::<T>(offset)) }
     }
 
     /// Writes a register of 1, 2, 4 or 8 bytes.
     pub fn write<T: Copy>(&self, offset: usize, value: T) {
-        // SAFETY: mapped and aligned (`at`); volatile, since each access counts.
-        unsafe { self.at::<T>(offset).write_volatile(value) }
+        // SAFETY: mapped and aligned (`at`).
+        unsafe { mmio::write(self.at::<T>(offset), value) }
     }
 }
 
