@@ -10,4 +10,4 @@ pub mod guest;
 pub mod host;
 pub mod protocol;
 
-pub use case::{Case, Group, all, find, host_kernel};
+pub use case::{Case, Group, all, find};

@@ -15,7 +15,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Kernels that the emulated host is started with; `lab_cases::host_kernel` says which case gets which.
+/// Kernels that the emulated host is started with; `host_kernel` of a case says which it gets.
 pub const HOST_KERNELS: [Kernel; 2] = [Kernel::V6_1, Kernel::V6_12];
 /// Modules that guest halves may ask for.
 const GUEST_MODULES: [&str; 9] = [

@@ -26,6 +26,7 @@ use session::Session;
 use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
 use lab_cases::Group;
+use lab_cases::host::Kernel;
 use lab_cases::protocol::{Command, Event, Outcome, Vmm};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -179,7 +180,7 @@ fn prepare_and_run(
     let extras = Extras { peer: needs_peer(names, vmm), dma_module: needs_dma_module(names) };
     prepare(paths, extras, progress)?;
     for kernel in images::HOST_KERNELS {
-        let mut names = names.iter().filter(|name| lab_cases::host_kernel(name) == kernel).peekable();
+        let mut names = names.iter().filter(|name| host_kernel(name) == Some(kernel)).peekable();
         if names.peek().is_none() {
             continue;
         }
@@ -194,6 +195,10 @@ fn prepare_and_run(
         progress.end();
     }
     Ok(())
+}
+
+fn host_kernel(case: &str) -> Option<Kernel> {
+    lab_cases::find(case).map(|case| case.host_kernel)
 }
 
 /// Prepares everything, with `extras`.

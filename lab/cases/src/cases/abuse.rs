@@ -1,6 +1,6 @@
 //! What a hostile guest can do to devices and to the address space. The monitor and its devices must come through.
 
-use crate::case::{Case, Group};
+use crate::case::{Case, Group, HOST};
 use crate::data::{BLOCK, Pattern};
 use crate::guest::disk::GuestDisk;
 use crate::guest::pci::{Registers, VirtioPci};
@@ -27,6 +27,7 @@ pub(super) fn cases() -> Vec<Case> {
         name: "guest-abuse",
         about: "every virtio device survives hostile queues; unmapped addresses read all-ones",
         limit_s: 900,
+        host_kernel: HOST,
         group: Group::Test,
         host,
         guest,

@@ -1,6 +1,6 @@
 //! What users get wrong: a clear message with the next step, a status that is not 0, nothing left behind.
 
-use crate::case::{Case, Group};
+use crate::case::{Case, Group, HOST};
 use crate::host::{ExitKind, Host, Kernel, SHARE, WORK, outboard_path};
 use anyhow::{Context, Result, bail, ensure};
 use std::collections::BTreeSet;
@@ -29,6 +29,7 @@ pub(super) fn cases() -> Vec<Case> {
         name: "bad-input",
         about: "every mistake on the command line: message, next step, status, nothing left behind",
         limit_s: 900,
+        host_kernel: HOST,
         group: Group::Test,
         host,
         guest: |_| bail!("no mistake may boot a guest"),

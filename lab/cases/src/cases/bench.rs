@@ -1,6 +1,6 @@
 //! Outboard beside the distribution's QEMU: the same kernel, initrd, command line and devices, alternating.
 
-use crate::case::{Case, Group};
+use crate::case::{Case, Group, HOST};
 use crate::data::{Aligned, BLOCK, Pattern};
 use crate::guest::disk::GuestDisk;
 use crate::guest::pci::VirtioPci;
@@ -37,6 +37,7 @@ pub(super) fn cases() -> Vec<Case> {
         name: "bench-boot",
         about: "what `cargo xtask bench boot` runs",
         limit_s: 3600,
+        host_kernel: HOST,
         group: Group::Tool,
         host,
         guest,

@@ -1,6 +1,6 @@
 //! Kernels, vCPUs, memory sizes; how a guest ends.
 
-use crate::case::{Case, Group};
+use crate::case::{Case, Group, HOST};
 use crate::guest::Guest;
 use crate::host::{Host, Kernel};
 use anyhow::{Result, bail};
@@ -9,8 +9,15 @@ use std::time::Duration;
 const STEP: Duration = Duration::from_secs(120);
 
 pub(super) fn cases() -> Vec<Case> {
-    let boot =
-        |name, about, host| Case { name, about, limit_s: 600, group: Group::Test, host, guest: report };
+    let boot = |name, about, host| Case {
+        name,
+        about,
+        limit_s: 600,
+        host_kernel: HOST,
+        group: Group::Test,
+        host,
+        guest: report,
+    };
     vec![
         boot("boot-6.1", "Debian's kernel 6.1 with 1, 2 and 4 vCPUs, 256 MiB and 2 GiB", |host| {
             matrix(host, Kernel::V6_1, &[(1, 256), (4, 2048)])

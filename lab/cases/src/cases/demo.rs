@@ -1,6 +1,6 @@
 //! What `cargo xtask lab` shows, and its shell.
 
-use crate::case::{Case, Group};
+use crate::case::{Case, Group, HOST};
 use crate::data::Pattern;
 use crate::guest::disk::GuestDisk;
 use crate::guest::{Guest, load_module, net};
@@ -25,6 +25,7 @@ pub(super) fn cases() -> Vec<Case> {
             name: "demo",
             about: "boot a guest, then its CPUs, a disk with checksum, the network (DHCP and a download)",
             limit_s: 300,
+            host_kernel: HOST,
             group: Group::Tool,
             host: demo_host,
             guest: demo_guest,
@@ -33,6 +34,7 @@ pub(super) fn cases() -> Vec<Case> {
             name: "shell",
             about: "a shell in the guest, on your terminal",
             limit_s: 24 * 3600,
+            host_kernel: HOST,
             group: Group::Tool,
             host: shell_host,
             guest: shell_guest,

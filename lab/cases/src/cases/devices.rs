@@ -1,6 +1,6 @@
 //! Entropy, and the formats a kernel may come in.
 
-use crate::case::{Case, Group};
+use crate::case::{Case, Group, HOST};
 use crate::guest::{Guest, wait_for};
 use crate::host::{Host, Kernel, SHARE};
 use anyhow::{Result, ensure};
@@ -12,13 +12,21 @@ use std::time::Duration;
 const STEP: Duration = Duration::from_secs(120);
 
 pub(super) fn cases() -> Vec<Case> {
-    let format =
-        |name, about, host| Case { name, about, limit_s: 300, group: Group::Test, host, guest: |_| Ok(()) };
+    let format = |name, about, host| Case {
+        name,
+        about,
+        limit_s: 300,
+        host_kernel: HOST,
+        group: Group::Test,
+        host,
+        guest: |_| Ok(()),
+    };
     vec![
         Case {
             name: "entropy",
             about: "virtio-rng gives random bytes",
             limit_s: 300,
+            host_kernel: HOST,
             group: Group::Test,
             host: |host| {
                 host.start(&host.guest(Kernel::V6_12))?.finish(STEP)?;

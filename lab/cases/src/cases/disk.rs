@@ -1,6 +1,6 @@
 //! Disks: formats, flushes, read-only, discard, and what is left after a crash.
 
-use crate::case::{Case, Group, GuestHalf, HostHalf};
+use crate::case::{Case, Group, GuestHalf, HOST, HostHalf};
 use crate::data::{Aligned, BLOCK, Pattern};
 use crate::guest::Guest;
 use crate::guest::disk::GuestDisk;
@@ -22,6 +22,7 @@ pub(super) fn cases() -> Vec<Case> {
         name,
         about,
         limit_s: 1200,
+        host_kernel: HOST,
         group: Group::Test,
         host,
         guest,

@@ -1,6 +1,6 @@
 //! The DMA device in the hands of user space: the published protocol, and a guest without manners. No module of ours is in the guest.
 
-use crate::case::{Case, Group};
+use crate::case::{Case, Group, HOST_OF_DMA};
 use crate::guest::Guest;
 use crate::guest::dma_device::{self as dma, DmaDevice, GRANULE, PublishedFunction, register, status};
 use crate::guest::nvme::RawNvme;
@@ -31,7 +31,15 @@ const SERIAL: &str = "outboard-lab";
 const MAPPED: usize = 64;
 
 pub(super) fn cases() -> Vec<Case> {
-    let case = |name, about, host, guest| Case { name, about, limit_s: 900, group: Group::Test, host, guest };
+    let case = |name, about, host, guest| Case {
+        name,
+        about,
+        limit_s: 900,
+        host_kernel: HOST_OF_DMA,
+        group: Group::Test,
+        host,
+        guest,
+    };
     vec![
         case(
             "dma-published",

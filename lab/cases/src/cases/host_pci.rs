@@ -1,6 +1,6 @@
 //! The conformance suite of host PCI functions and their DMA domains, on devices behind VFIO and the SMMU.
 
-use crate::case::{Case, Group};
+use crate::case::{Case, Group, HOST_OF_DMA};
 use crate::host::{Assigned, Host, Port, SHARE, SmmuFault};
 use crate::protocol::{Event, Outcome};
 use anyhow::{Context, Result, bail, ensure};
@@ -16,6 +16,7 @@ pub(super) fn cases() -> Vec<Case> {
         name: "host-pci-conformance",
         about: "the suite of host PCI functions on VFIO: guest addresses one to one, and those of a Mac's DART",
         limit_s: 600,
+        host_kernel: HOST_OF_DMA,
         group: Group::Test,
         host,
         guest: |_| bail!("this case boots no Linux"),

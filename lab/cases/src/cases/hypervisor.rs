@@ -1,6 +1,6 @@
 //! The conformance suite of the hypervisor layer, on the emulated host's KVM.
 
-use crate::case::{Case, Group};
+use crate::case::{Case, Group, HOST};
 use crate::host::{Host, SHARE};
 use crate::protocol::{Event, Outcome};
 use anyhow::{Context, Result, bail, ensure};
@@ -22,6 +22,7 @@ pub(super) fn cases() -> Vec<Case> {
         name: "hv-conformance",
         about: "hand-assembled guest programs on the hypervisor back end; registers and exits compared",
         limit_s: 900,
+        host_kernel: HOST,
         group: Group::Test,
         host,
         guest: |_| bail!("this case boots no Linux"),

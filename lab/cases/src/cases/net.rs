@@ -1,6 +1,6 @@
 //! The user-mode network.
 
-use crate::case::{Case, Group, GuestHalf, HostHalf};
+use crate::case::{Case, Group, GuestHalf, HOST, HostHalf};
 use crate::data::Pattern;
 use crate::guest::{Guest, busybox, net};
 use crate::host::{DNS_ANSWER, DNS_NAME, Host, Kernel, dns_server, web_server};
@@ -25,6 +25,7 @@ pub(super) fn cases() -> Vec<Case> {
         name,
         about,
         limit_s: 900,
+        host_kernel: HOST,
         group: Group::Test,
         host,
         guest,

@@ -1,6 +1,6 @@
 //! How a guest ends, and how it is ended.
 
-use crate::case::{Case, Group, GuestHalf, HostHalf};
+use crate::case::{Case, Group, GuestHalf, HOST, HostHalf};
 use crate::data::{Aligned, BLOCK};
 use crate::guest::disk::GuestDisk;
 use crate::guest::{Guest, input};
@@ -19,6 +19,7 @@ pub(super) fn cases() -> Vec<Case> {
         name,
         about,
         limit_s: 600,
+        host_kernel: HOST,
         group: Group::Test,
         host,
         guest,

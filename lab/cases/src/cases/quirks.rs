@@ -1,7 +1,7 @@
 //! The quirks of the guest's module, each in guests with Debian's 6.1 and 6.12 kernels and no device at all.
 #![allow(unsafe_code)] // UNSAFETY: prctl, whose options here no safe wrapper has.
 
-use crate::case::{Case, Group};
+use crate::case::{Case, Group, HOST};
 use crate::guest::{Guest, busybox};
 use crate::host::{Host, INITRD_DMA, Kernel};
 use anyhow::{Context, Result, ensure};
@@ -12,7 +12,15 @@ const STEP: Duration = Duration::from_secs(150);
 const MODULE: &str = "outboard_dma";
 
 pub(super) fn cases() -> Vec<Case> {
-    let case = |name, about, guest| Case { name, about, limit_s: 400, group: Group::Test, host, guest };
+    let case = |name, about, guest| Case {
+        name,
+        about,
+        limit_s: 400,
+        host_kernel: HOST,
+        group: Group::Test,
+        host,
+        guest,
+    };
     vec![
         case(
             "quirk-uvm",

@@ -1,6 +1,6 @@
 //! `outboard record` on the emulated host: its own NVMe disk behind the SMMU, a kernel with `dma:*` events.
 
-use crate::case::{Case, Group};
+use crate::case::{Case, Group, HOST_OF_DMA};
 use crate::guest::{Guest, busybox, wait_for};
 use crate::host::{Host, describe, outboard_path};
 use anyhow::{Context, Result, bail, ensure};
@@ -22,6 +22,7 @@ pub(super) fn cases() -> Vec<Case> {
         name: "record",
         about: "DMA of the host's own NVMe disk recorded and read by fit; every failure, signals, lost events, nothing left behind",
         limit_s: 300,
+        host_kernel: HOST_OF_DMA,
         group: Group::Test,
         host,
         guest,

@@ -1,6 +1,6 @@
 //! The monitor on a terminal: raw while the guest runs, and as it was after every way out.
 
-use crate::case::{Case, Group};
+use crate::case::{Case, Group, HOST};
 use crate::guest::Guest;
 use crate::host::{ExitKind, Host, Kernel, RunningVm};
 use crate::protocol::Vmm;
@@ -22,6 +22,7 @@ pub(super) fn cases() -> Vec<Case> {
         name: "terminal",
         about: "keys, Ctrl-C, Ctrl-A x on a terminal; its settings come back, after SIGTERM and a failure too",
         limit_s: 600,
+        host_kernel: HOST,
         group: Group::Test,
         host,
         guest: shell,

@@ -1,6 +1,6 @@
 //! Sockets between host and guest.
 
-use crate::case::{Case, Group};
+use crate::case::{Case, Group, HOST};
 use crate::data::{BLOCK, Pattern};
 use crate::guest::{Guest, vsock};
 use crate::host::{Host, Kernel};
@@ -22,6 +22,7 @@ pub(super) fn cases() -> Vec<Case> {
         name: "vsock",
         about: "4 MiB each way between a Unix socket of the host and the guest, opened from either side",
         limit_s: 300,
+        host_kernel: HOST,
         group: Group::Test,
         host,
         guest,

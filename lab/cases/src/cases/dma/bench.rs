@@ -2,7 +2,7 @@
 //! mappings, one after the other (`guest/module/tests/bench.c`).
 
 use super::stress::{NVME_CLASS, RUN, STRESS, bind};
-use crate::case::{Case, Group};
+use crate::case::{Case, Group, HOST_OF_DMA};
 use crate::guest::Guest;
 use crate::guest::dma::{Stats, domains};
 use crate::guest::function::GuestFunction;
@@ -27,6 +27,7 @@ pub(super) fn cases() -> Vec<Case> {
         name: "bench-dma",
         about: "what `cargo xtask bench dma` runs",
         limit_s: 3600,
+        host_kernel: HOST_OF_DMA,
         group: Group::Tool,
         host,
         guest,

@@ -1,7 +1,7 @@
 //! How a guest's DMA ends: the driver goes and comes back, the kernel crashes, is replaced by another, the process is killed. Nothing stays mapped,
 //! and the next guest finds a disk that works.
 
-use crate::case::{Case, Group, GuestHalf, HostHalf};
+use crate::case::{Case, Group, GuestHalf, HOST_OF_DMA, HostHalf};
 use crate::data::{BLOCK, Pattern};
 use crate::guest::disk::GuestDisk;
 use crate::guest::dma::{Stats, domains};
@@ -31,6 +31,7 @@ pub(super) fn cases() -> Vec<Case> {
         name,
         about,
         limit_s: 900,
+        host_kernel: HOST_OF_DMA,
         group: Group::Test,
         host,
         guest,

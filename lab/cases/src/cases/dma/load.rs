@@ -1,6 +1,6 @@
 //! A disk under more load than the host maps at a time, and the recorder.
 
-use crate::case::{Case, Group, GuestHalf, HostHalf};
+use crate::case::{Case, Group, GuestHalf, HOST_OF_DMA, HostHalf};
 use crate::data::{Aligned, BLOCK, Pattern};
 use crate::guest::Guest;
 use crate::guest::disk::GuestDisk;
@@ -28,6 +28,7 @@ pub(super) fn cases() -> Vec<Case> {
         name,
         about,
         limit_s: 900,
+        host_kernel: HOST_OF_DMA,
         group: Group::Test,
         host,
         guest,

@@ -1,7 +1,7 @@
 //! The module under a load that no driver makes, from inside the guest's kernel (`guest/module/tests/stress.c`), at a Mac's limits and at small
 //! ones; then its end: leaks, unbinding, unloading, and a disk that works after all that.
 
-use crate::case::{Case, Group};
+use crate::case::{Case, Group, HOST_OF_DMA};
 use crate::data::Pattern;
 use crate::guest::Guest;
 use crate::guest::disk::GuestDisk;
@@ -23,7 +23,15 @@ pub(super) const RUN: &str = "/sys/kernel/debug/outboard_stress/run";
 const GRANULE: u64 = 16 << 10;
 
 pub(super) fn cases() -> Vec<Case> {
-    let case = |name, about| Case { name, about, limit_s: 1800, group: Group::Test, host, guest };
+    let case = |name, about| Case {
+        name,
+        about,
+        limit_s: 1800,
+        host_kernel: HOST_OF_DMA,
+        group: Group::Test,
+        host,
+        guest,
+    };
     vec![
         case("dma-mac-stress", "the module under load from 4 vCPUs in every context, at a Mac's limits"),
         case("dma-tight-stress", "the same at 24 MiB in 666 mappings"),

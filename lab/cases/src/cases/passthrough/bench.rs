@@ -2,7 +2,7 @@
 //! device, guest and command line, alternating.
 
 use super::{STEP, class, guest_with};
-use crate::case::{Case, Group};
+use crate::case::{Case, Group, HOST_OF_DMA};
 use crate::data::{Aligned, BLOCK, Pattern};
 use crate::guest::Guest;
 use crate::guest::disk::GuestDisk;
@@ -41,6 +41,7 @@ pub(super) fn cases() -> Vec<Case> {
         name: "bench-passthrough",
         about: "what `cargo xtask bench passthrough` runs",
         limit_s: 3600,
+        host_kernel: HOST_OF_DMA,
         group: Group::Tool,
         host,
         guest,

@@ -13,7 +13,7 @@ mod several;
 mod sound;
 mod storage;
 
-use crate::case::{Case, Group, GuestHalf, HostHalf};
+use crate::case::{Case, Group, GuestHalf, HOST_OF_DMA, HostHalf};
 use crate::guest::Guest;
 use crate::host::{Assigned, GuestSpec, Host, Kernel, Port, RunningVm};
 use anyhow::{Context, Result, ensure};
@@ -47,7 +47,7 @@ pub(super) fn cases() -> Vec<Case> {
 }
 
 fn case(name: &'static str, about: &'static str, host: HostHalf, guest: GuestHalf) -> Case {
-    Case { name, about, limit_s: 600, group: Group::Test, host, guest }
+    Case { name, about, limit_s: 600, host_kernel: HOST_OF_DMA, group: Group::Test, host, guest }
 }
 
 /// A guest with the devices of `assigned`.
