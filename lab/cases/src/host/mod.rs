@@ -2,6 +2,7 @@
 
 mod assigned;
 mod limits;
+mod placement;
 mod ports;
 mod serve;
 mod spec;
@@ -9,6 +10,7 @@ mod stuck;
 mod vm;
 
 pub use assigned::{Assigned, AssignedSlot, Dma, SmmuFault, driver_of, outboard, smmu_faults};
+pub use placement::OneCpu;
 pub use ports::{PLUGGABLE, Port};
 pub use serve::{DNS_ANSWER, DNS_NAME, dns_server, web_server};
 pub use spec::{Console, Disk, GuestSpec, INITRD_DEVICES, INITRD_DMA, Kernel};
