@@ -26,7 +26,7 @@ struct Medians {
 
 pub(super) fn run(paths: &Paths, json: Option<&Path>) -> Result<bool> {
     let results = evaluate(&lab::facts(paths, "bench-dma")?)?;
-    println!("{:<28} {:>12} {:>12}", "median of 5", "Outboard", "published");
+    println!("{:<28} {:>12} {:>12}", "median", "Outboard", "published");
     for (name, Medians { outboard, published }) in &results.medians {
         println!("{name:<28} {outboard:>12.2} {published:>12.2}");
     }
