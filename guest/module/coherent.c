@@ -32,7 +32,8 @@ static void *take(struct device *dev, size_t size, dma_addr_t *bus, gfp_t gfp, u
 
 	if (!memory)
 		return NULL;
-	*bus = odma_map(dev, virt_to_phys(memory), size, coherent_mask(dev), attrs);
+	*bus = odma_map(dev, virt_to_phys(memory), size, coherent_mask(dev), attrs,
+			gfpflags_allow_blocking(gfp));
 	if (*bus == DMA_MAPPING_ERROR) {
 		free_pages_exact(memory, size);
 		return NULL;

@@ -2,7 +2,6 @@
 /* The driver of the DMA device. */
 #include "odma.h"
 
-#include <linux/delay.h>
 #include <linux/ioport.h>
 #include <linux/module.h>
 #include <linux/vmalloc.h>
@@ -31,11 +30,6 @@ static u32 status(void *context)
 	struct odma_domain *domain = context;
 
 	return readl(domain->regs + QUEUE(ODMA_QUEUE_STATUS));
-}
-
-static void pause(void *context, u32 microseconds)
-{
-	udelay(microseconds);
 }
 
 /* Guest RAM, in at most ODMA_RAM_RANGES pieces. */
@@ -111,7 +105,6 @@ static int make_core(struct odma_domain *domain)
 		.context = domain,
 		.ring = ring,
 		.status = status,
-		.pause = pause,
 	};
 	int error = find_ram(&config);
 	u64 bytes;

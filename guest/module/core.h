@@ -16,6 +16,8 @@ enum odma_failure {
 	ODMA_ENTRIES = 3,
 	ODMA_NO_SPACE = 4,
 	ODMA_HOST = 5,
+	/* The same call may succeed in some milliseconds. */
+	ODMA_RETURNING = 6,
 };
 
 struct odma_range {
@@ -34,7 +36,6 @@ struct odma_core_config {
 	void *context;
 	void (*ring)(void *context, u32 count);
 	u32 (*status)(void *context);
-	void (*pause)(void *context, u32 microseconds);
 };
 
 struct odma_list {
@@ -60,9 +61,9 @@ struct odma_core_stats {
 	u64 failures;
 	u64 lost;
 	u64 rings;
-	u64 waits;
 	u64 entries;
 	u64 no_space;
+	u64 returning;
 	u64 refused;
 	u64 last_refusal;
 };

@@ -27,6 +27,7 @@ struct odma_counts {
 	s64 live;	/* made here less taken down here; the sum over CPUs is what is live */
 	u64 hits;	/* calls that needed no exit */
 	u64 misses;	/* calls that needed the lock */
+	u64 waits;	/* times a call waited for bus addresses to return */
 	u64 failed;	/* calls that failed for want of room, or because the host refused */
 	u64 refused;	/* calls that can never succeed: not RAM, MMIO */
 	u64 masked;	/* calls that failed because the bus address was beyond the function's mask */
@@ -96,7 +97,9 @@ void odma_sum(struct odma_client *client, struct odma_counts *sum);
 
 /* ops.c */
 extern const struct dma_map_ops odma_ops;
-dma_addr_t odma_map(struct device *dev, phys_addr_t phys, size_t size, u64 mask, unsigned long attrs);
+dma_addr_t odma_map(struct device *dev, phys_addr_t phys, size_t size, u64 mask, unsigned long attrs,
+		    bool may_sleep);
+bool odma_wait(struct odma_client *client, bool may_sleep, unsigned int *waits);
 void odma_unmap(struct device *dev, dma_addr_t bus, size_t size);
 u64 odma_mask(struct device *dev);
 void odma_failed(struct odma_client *client, int failure, phys_addr_t phys, size_t size,

@@ -2,11 +2,22 @@
 /* The DMA operations of a served function. sg.c has those on scatterlists, coherent.c what gets memory. */
 #include "odma.h"
 
+#include <linux/delay.h>
 #include <linux/gfp.h>
 #include <linux/mm.h>
+#include <linux/rcupdate.h>
 #include <linux/scatterlist.h>
+#include <linux/sched.h>
 
 #include "trace.h"
+
+/*
+ * What a call waits for at most: 24 ms and the calls in between where it sleeps, 12 ms where it cannot. How long a Mac keeps freed addresses is
+ * not known; the model of it takes 10 ms.
+ */
+#define MOST_WAITS 24
+#define SLEEP_US 1000
+#define SPIN_US 500
 
 /* The highest bus address that the function may be given. */
 u64 odma_mask(struct device *dev)
@@ -23,6 +34,7 @@ void odma_failed(struct odma_client *client, int failure, phys_addr_t phys, size
 		[ODMA_ENTRIES] = "exceeds the mappings that the host makes at a time",
 		[ODMA_NO_SPACE] = "found no room in the host's DMA window",
 		[ODMA_HOST] = "was refused by the host",
+		[ODMA_RETURNING] = "found no room in the host's DMA window before more of it returns",
 	};
 
 	if (failure == ODMA_NOT_RAM)
@@ -35,8 +47,54 @@ void odma_failed(struct odma_client *client, int failure, phys_addr_t phys, size
 				     failure > 0 && failure < ARRAY_SIZE(why) ? why[failure] : "failed");
 }
 
+/* Whether the kernel knows that this is a context that may sleep. One that does not count preemption never does. */
+static bool sleepable(void)
+{
+	return preemptible() && !rcu_preempt_depth() && task_is_running(current);
+}
+
+/*
+ * Waits a little for bus addresses to return, with no lock of ours held: whether the call that needs them may ask again. docs/guest-module.md
+ * says when a call waits, and for how long.
+ */
+bool odma_wait(struct odma_client *client, bool may_sleep, unsigned int *waits)
+{
+	if (++*waits > MOST_WAITS)
+		return false;
+	if (may_sleep || sleepable())
+		usleep_range(SLEEP_US, 2 * SLEEP_US);
+	else if (!IS_ENABLED(CONFIG_PREEMPT_COUNT) && !in_interrupt() && !irqs_disabled())
+		/* Perhaps under a spin lock of the driver's; nobody can say. */
+		udelay(SPIN_US);
+	else
+		return false;
+	this_cpu_inc(client->counts->waits);
+	return true;
+}
+
+/* What no window covers. */
+static int map_miss(struct odma_client *client, phys_addr_t phys, size_t size, u64 *bus, bool may_sleep)
+{
+	struct odma_domain *domain = client->domain;
+	unsigned int waits = 0;
+	int failure;
+
+	do {
+		unsigned long flags;
+
+		failure = odma_core_hopeless(domain->core, phys, size);
+		if (failure)
+			break;
+		raw_spin_lock_irqsave(&domain->lock, flags);
+		failure = odma_core_map(domain->core, phys, size, bus);
+		raw_spin_unlock_irqrestore(&domain->lock, flags);
+	} while (failure == ODMA_RETURNING && odma_wait(client, may_sleep, &waits));
+	return failure;
+}
+
 /* Any context. No lock and no exit where a window covers it. */
-dma_addr_t odma_map(struct device *dev, phys_addr_t phys, size_t size, u64 mask, unsigned long attrs)
+dma_addr_t odma_map(struct device *dev, phys_addr_t phys, size_t size, u64 mask, unsigned long attrs,
+		    bool may_sleep)
 {
 	struct odma_client *client = odma_client_of(dev);
 	struct odma_domain *domain = client->domain;
@@ -44,14 +102,8 @@ dma_addr_t odma_map(struct device *dev, phys_addr_t phys, size_t size, u64 mask,
 	bool hit = bus != ODMA_UNRESOLVED;
 
 	if (!hit) {
-		int failure = odma_core_hopeless(domain->core, phys, size);
-		unsigned long flags;
+		int failure = map_miss(client, phys, size, &bus, may_sleep);
 
-		if (!failure) {
-			raw_spin_lock_irqsave(&domain->lock, flags);
-			failure = odma_core_map(domain->core, phys, size, &bus);
-			raw_spin_unlock_irqrestore(&domain->lock, flags);
-		}
 		this_cpu_inc(client->counts->misses);
 		if (failure) {
 			odma_failed(client, failure, phys, size, attrs);
@@ -101,7 +153,7 @@ static dma_addr_t map_phys(struct device *dev, phys_addr_t phys, size_t size,
 		odma_failed(odma_client_of(dev), ODMA_NOT_RAM, phys, size, attrs);
 		return DMA_MAPPING_ERROR;
 	}
-	return odma_map(dev, phys, size, odma_mask(dev), attrs);
+	return odma_map(dev, phys, size, odma_mask(dev), attrs, false);
 }
 
 static void unmap_phys(struct device *dev, dma_addr_t bus, size_t size, enum dma_data_direction dir,
@@ -113,7 +165,7 @@ static void unmap_phys(struct device *dev, dma_addr_t bus, size_t size, enum dma
 static dma_addr_t map_page(struct device *dev, struct page *page, unsigned long offset, size_t size,
 			   enum dma_data_direction dir, unsigned long attrs)
 {
-	return odma_map(dev, page_to_phys(page) + offset, size, odma_mask(dev), attrs);
+	return odma_map(dev, page_to_phys(page) + offset, size, odma_mask(dev), attrs, false);
 }
 
 static void unmap_page(struct device *dev, dma_addr_t bus, size_t size, enum dma_data_direction dir,

@@ -38,6 +38,7 @@ void odma_sum(struct odma_client *client, struct odma_counts *sum)
 		sum->live += READ_ONCE(one->live);
 		sum->hits += READ_ONCE(one->hits);
 		sum->misses += READ_ONCE(one->misses);
+		sum->waits += READ_ONCE(one->waits);
 		sum->failed += READ_ONCE(one->failed);
 		sum->refused += READ_ONCE(one->refused);
 		sum->masked += READ_ONCE(one->masked);

@@ -73,18 +73,23 @@ static bool hit_all(struct odma_domain *domain, struct scatterlist *first, int n
 	return true;
 }
 
-static int map_all(struct odma_domain *domain, struct scatterlist *first, int nents)
+static int map_all(struct odma_client *client, struct scatterlist *first, int nents)
 {
-	struct walk walk = {
-		.list = { .count = nents, .range = entry_range, .bus = entry_bus, .set_bus = set_entry_bus },
-		.first = first, .at = first, .anchor = first,
-	};
-	unsigned long flags;
+	struct odma_domain *domain = client->domain;
+	unsigned int waits = 0;
 	int failure;
 
-	raw_spin_lock_irqsave(&domain->lock, flags);
-	failure = odma_core_map_list(domain->core, &walk.list);
-	raw_spin_unlock_irqrestore(&domain->lock, flags);
+	do {
+		struct walk walk = {
+			.list = { .count = nents, .range = entry_range, .bus = entry_bus, .set_bus = set_entry_bus },
+			.first = first, .at = first, .anchor = first,
+		};
+		unsigned long flags;
+
+		raw_spin_lock_irqsave(&domain->lock, flags);
+		failure = odma_core_map_list(domain->core, &walk.list);
+		raw_spin_unlock_irqrestore(&domain->lock, flags);
+	} while (failure == ODMA_RETURNING && odma_wait(client, false, &waits));
 	return failure;
 }
 
@@ -150,7 +155,7 @@ int odma_map_sg(struct device *dev, struct scatterlist *first, int nents, enum d
 		this_cpu_inc(client->counts->hits);
 	} else {
 		if (!failure)
-			failure = map_all(domain, first, nents);
+			failure = map_all(client, first, nents);
 		this_cpu_inc(client->counts->misses);
 		if (failure) {
 			odma_failed(client, failure, sg_phys(first), first->length, attrs);

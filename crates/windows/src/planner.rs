@@ -38,25 +38,25 @@ pub struct Request {
     pub bus: u64,
     /// True to unmap, false to map.
     pub unmap: bool,
-    /// To map: nobody waits for it, so it is not worth waiting for.
-    pub ahead: bool,
     /// The caller notes the result here.
     pub outcome: Outcome,
     window: u32,
 }
 
-/// What became of a [`Request`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+/// What became of a [`Request`], the worst last.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub enum Outcome {
-    /// Not answered: counts as refused.
-    #[default]
-    Open,
     /// Done; for a mapping, `bus` and `handle` are valid.
     Done,
+    /// Refused because space that was given back is not free again yet: a smaller one may do, and so may waiting.
+    Returning,
     /// Refused for want of space or of entries, or because space is in pieces: a smaller one may do.
     NoSpace,
     /// Refused for any other reason.
     Refused,
+    /// Not answered: counts as refused.
+    #[default]
+    Open,
 }
 
 /// What to do next.
@@ -81,8 +81,10 @@ pub enum Failure {
     Bytes,
     /// The same for the entry budget.
     Entries,
-    /// The host found no space although the budgets have room: fragmented, or not yet returned.
+    /// The host found no space although the budgets have room: it is in pieces.
     NoSpace,
+    /// The host will have space when what was given back is free again: the same call may succeed in some milliseconds.
+    Returning,
     /// The host refused, or gave an address that cannot be used.
     Host,
 }
@@ -104,7 +106,7 @@ pub struct Stats {
     pub evicted: u64,
     /// See `evicted`.
     pub replaced: u64,
-    /// Calls that failed.
+    /// Calls that failed, but for those with [`Failure::Returning`], which may be made again.
     pub failures: u64,
     /// Mappings the host did not take down when asked; they stay counted against the budgets.
     pub lost: u64,
@@ -209,13 +211,16 @@ impl<'a> Planner<'a> {
     /// Takes the outcomes noted in [`Self::batch`] and goes on with the call.
     pub fn resume(&mut self, table: &Table<'_>, list: &mut dyn List) -> Step {
         match self.settle(table) {
-            None => {}
-            Some(Outcome::NoSpace) if self.refused.saturating_add(1) < ROUNDS => {
+            Outcome::Done => {}
+            Outcome::NoSpace if self.refused.saturating_add(1) < ROUNDS => {
                 self.refused = self.refused.saturating_add(1);
                 self.clear = self.refused.saturating_add(1) == ROUNDS;
             }
-            Some(Outcome::NoSpace) => return self.fail(table, list, Failure::NoSpace),
-            Some(_) => return self.fail(table, list, Failure::Host),
+            Outcome::NoSpace => return self.fail(table, list, Failure::NoSpace),
+            // To give back what is idle would bring no space now.
+            Outcome::Returning if self.refused == 0 => self.refused = 1,
+            Outcome::Returning => return self.fail(table, list, Failure::Returning),
+            Outcome::Refused | Outcome::Open => return self.fail(table, list, Failure::Host),
         }
         self.ages.collect(table, self.private);
         self.advance(table, list)
@@ -518,7 +523,7 @@ impl<'a> Planner<'a> {
         table.ram.set(range, id);
         self.bytes = self.bytes.saturating_add(range.len);
         self.entries = self.entries.saturating_add(1);
-        self.line(Request { range, ahead, window: id, ..Request::default() });
+        self.line(Request { range, window: id, ..Request::default() });
         true
     }
 

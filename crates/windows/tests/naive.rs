@@ -76,7 +76,8 @@ fn run(seed: u64, limits: Limits, operations: u64, refusals: bool) -> (u64, u64)
             crowd = [4, 40, 400, 2000][random.below(4) as usize];
         }
         if refusals && random.one_in(20) {
-            host.script = vec![if random.one_in(2) { Outcome::NoSpace } else { Outcome::Refused }];
+            let outcomes = [Outcome::NoSpace, Outcome::Refused, Outcome::Returning];
+            host.script = vec![outcomes[random.below(3) as usize]; 1 + random.below(2) as usize];
         }
         let grow = (world.live.len() as u64) < crowd;
         if random.below(100) < if grow { 60 } else { 40 } {
@@ -169,6 +170,30 @@ fn a_failed_call_changes_nothing() {
     // The idle window is still there: no exchange.
     assert_eq!(map(&table, &mut planner, &mut host, limits, &mut idle), Step::Done);
     assert_eq!(host.exchanges, exchanges);
+}
+
+/// What is idle stays where giving it back would bring no space at once, and the next call may succeed.
+#[test]
+fn space_that_returns_fails_the_call_and_nothing_else() {
+    let limits = Limits { bytes: 4 * MIB, entries: 64 };
+    let (table, mut planner) = create(limits, &ram(), 8);
+    let mut host = Host::default();
+    let mut idle = [Segment::new(0x4080_0000, 4096)];
+    assert_eq!(map(&table, &mut planner, &mut host, limits, &mut idle), Step::Done);
+    table.release(idle.bus(0), 4096).unwrap();
+    let (mapped, exchanges) = (planner.mapped(), host.exchanges);
+    host.script = vec![Outcome::Returning; 2];
+    let mut list = [Segment::new(0x4000_4000, 4096)];
+    let step = map(&table, &mut planner, &mut host, limits, &mut list);
+    assert_eq!(step, Step::Failed(Failure::Returning));
+    assert_eq!((host.exchanges - exchanges, planner.mapped(), planner.stats().failures), (2, mapped, 0));
+    assert_eq!(map(&table, &mut planner, &mut host, limits, &mut idle), Step::Done);
+    assert_eq!(host.exchanges - exchanges, 2, "it was still there");
+    // Refused once as too large: a smaller window.
+    host.script = vec![Outcome::Returning];
+    assert_eq!(map(&table, &mut planner, &mut host, limits, &mut list), Step::Done);
+    let range = Range { start: 0x4000_4000, len: GRANULE };
+    assert!(host.maps.values().any(|(mapped, _)| *mapped == range), "{:?}", host.maps);
 }
 
 #[test]

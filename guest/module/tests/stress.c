@@ -7,6 +7,7 @@
  *   spread BYTES one live mapping of 4 KiB in each BYTES of all RAM, released in random order; what fails, fails
  *   leak N       as clusters, and forgets them
  *   fill BYTES   one live mapping of BYTES in each BYTES, likewise
+ *   press BYTES N  as fill, and then N steps on each CPU that give a mapping up and at once ask for another
  *   coherent N   N pieces of memory for both sides, of many sizes
  *   mixed N      N steps on each CPU: singles and lists, in process, with interrupts off, in softirqs and in hard interrupts
  *   churn MODE LIVE PAIRS  nanoseconds of an unmapping and a mapping, MODE ours or published
@@ -83,8 +84,59 @@ static void spread_step(struct worker *worker)
 	}
 }
 
+/* Asks for the piece that has waited longest; those not mapped stand at the end of `live`. */
+static bool refill(struct worker *worker)
+{
+	u32 had = worker->count;
+	struct mapping *spare = &worker->live[worker->most - worker->spare];
+	phys_addr_t phys = spare->phys;
+
+	if (!worker->spare)
+		return false;
+	worker->spare--;
+	stress_map(worker, phys, worker->stride);
+	if (worker->count > had)
+		return true;
+	worker->live[worker->most - ++worker->spare].phys = phys;
+	return false;
+}
+
+/* Asks for every piece once. Then, with all of the host's room in use, gives one up and at once asks for another. */
+static void press_step(struct worker *worker)
+{
+	u64 places = (stress_ram_end - stress_ram_start) / worker->stride;
+	int i;
+
+	for (i = 0; i < 8; i++) {
+		u32 had = worker->count, gone;
+		phys_addr_t phys = stress_ram_start + worker->first * worker->stride;
+
+		if (worker->first < places) {
+			worker->first += cpus;
+			stress_map(worker, phys, worker->stride);
+			if (worker->count == had)
+				worker->live[worker->most - ++worker->spare].phys = phys;
+			continue;
+		}
+		while (refill(worker))
+			;
+		if (!worker->count || !worker->spare)
+			return;
+		gone = stress_random(worker, worker->count);
+		phys = worker->live[gone].phys;
+		stress_unmap(worker, gone);
+		refill(worker);
+		/* Behind all others that wait. */
+		gone = worker->most - ++worker->spare;
+		memmove(&worker->live[gone], &worker->live[gone + 1], (worker->spare - 1) * sizeof(*worker->live));
+		worker->live[worker->most - 1].phys = phys;
+	}
+}
+
 static bool more(struct worker *worker)
 {
+	if (worker->step == press_step && worker->first < (stress_ram_end - stress_ram_start) / worker->stride)
+		return true;
 	if (worker->step == cluster_step)
 		return worker->count < worker->most && worker->failed < 1000;
 	if (worker->step == spread_step)
@@ -300,7 +352,7 @@ static int coherent(u32 count)
 
 static int command(const char *text)
 {
-	u64 ram = stress_ram_end - stress_ram_start, number;
+	u64 ram = stress_ram_end - stress_ram_start, number, rounds;
 	int error = bench_command(device, text, report, sizeof(report));
 
 	if (error != -ENOENT)
@@ -311,6 +363,8 @@ static int command(const char *text)
 		return run(spread_step, ram / number + num_online_cpus(), number, 0, false, false);
 	if (sscanf(text, "fill %llu", &number) == 1 && number >= PAGE_SIZE && number <= SZ_1G)
 		return run(spread_step, ram / number + num_online_cpus(), number, 0, true, false);
+	if (sscanf(text, "press %llu %llu", &number, &rounds) == 2 && number >= PAGE_SIZE && number <= SZ_1G && rounds < 1 << 22)
+		return run(press_step, ram / number + num_online_cpus(), number, rounds, true, false);
 	if (sscanf(text, "coherent %llu", &number) == 1 && number > 0 && number < 1 << 16)
 		return coherent(number);
 	if (sscanf(text, "mixed %llu", &number) == 1 && number > 0 && number < 1 << 22)

@@ -36,6 +36,7 @@ struct worker {
 	struct rnd_state random;
 	struct mapping *live;	/* most of them */
 	u32 most, count;
+	u32 spare;		/* at the end of `live`: what a step wants mapped and is not */
 	struct list lists[LISTS];
 	u64 mapped, failed, lists_mapped, lists_failed, segments, entries;
 	const char *wrong;	/* what must not be; NULL if nothing */

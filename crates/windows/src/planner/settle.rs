@@ -10,9 +10,9 @@ use crate::table::Use;
 use crate::{Range, Table};
 
 impl Planner<'_> {
-    /// Takes over the outcomes of the batch; the worst one, if anything was refused.
-    pub(super) fn settle(&mut self, table: &Table<'_>) -> Option<Outcome> {
-        let mut worst = None;
+    /// Takes over the outcomes of the batch; the worst one of mappings that somebody waits for.
+    pub(super) fn settle(&mut self, table: &Table<'_>) -> Outcome {
+        let mut worst = Outcome::Done;
         self.pending = Use::default();
         for index in 0..core::mem::take(&mut self.lines) {
             let Some(&request) = self.batch.get(index) else { break };
@@ -20,12 +20,7 @@ impl Planner<'_> {
                 self.settle_unmap(request);
                 continue;
             }
-            let outcome = self.settle_map(table, request);
-            match outcome {
-                Outcome::Done => {}
-                Outcome::NoSpace => worst = worst.or(Some(outcome)),
-                Outcome::Open | Outcome::Refused => worst = Some(Outcome::Refused),
-            }
+            worst = worst.max(self.settle_map(table, request));
         }
         worst
     }
@@ -87,7 +82,9 @@ impl Planner<'_> {
 
     /// Undoes the call: lines not sent are dropped, references given back.
     pub(super) fn fail(&mut self, table: &Table<'_>, list: &mut dyn List, failure: Failure) -> Step {
-        self.stats.failures = self.stats.failures.wrapping_add(1);
+        if failure != Failure::Returning {
+            self.stats.failures = self.stats.failures.wrapping_add(1);
+        }
         self.drop_unsent(table);
         let count = list.count();
         table.release_list(list, count);

@@ -6,11 +6,6 @@ use outboard_windows::{Outcome, Request};
 /// An entry as it stands in the queue.
 pub type Raw = [u8; ENTRY_BYTES as usize];
 
-/// Times that a mapping is asked for again while addresses are on their way back, and microseconds between two of them. Together 24 ms: a
-/// Mac's IOMMU keeps freed addresses for a while, how long is not known (dart-and-dma 3.1). It is waited for with interrupts off, so the planner
-/// keeps a reserve to make this rare.
-const RETURN_TRIES: u32 = 48;
-const RETURN_PAUSE_US: u32 = 500;
 /// Written into each entry's status before the device sees it: no answer.
 const NO_ANSWER: u32 = u32::MAX;
 
@@ -24,8 +19,6 @@ pub trait Device {
     fn ring(&mut self, count: u32);
     /// The status of the last batch as a whole. An exit of its own, so it is asked only where the entries do not say.
     fn status(&mut self) -> u32;
-    /// Waits, without sleeping.
-    fn pause(&mut self, microseconds: u32);
 }
 
 /// What was asked and answered since the beginning.
@@ -34,12 +27,12 @@ pub trait Device {
 pub struct Counts {
     /// Times the device was rung: exits to the host.
     pub rings: u64,
-    /// Of those, because addresses were on their way back.
-    pub waits: u64,
     /// Entries sent.
     pub entries: u64,
-    /// Entries refused for want of bytes, of entries, of one piece, or because addresses did not come back in time.
+    /// Entries refused for want of bytes, of entries or of one piece.
     pub no_space: u64,
+    /// Entries refused because addresses that were given back are not free again yet: a Mac's IOMMU keeps them for a while (dart-and-dma 3.1).
+    pub returning: u64,
     /// Entries refused for other reasons.
     pub refused: u64,
     /// Code of the last refusal ([`Status`], or all ones for no answer).
@@ -48,36 +41,21 @@ pub struct Counts {
 
 /// Sends `batch` to the device and notes the outcomes in it.
 pub fn exchange(device: &mut impl Device, batch: &mut [Request], counts: &mut Counts) {
-    for line in batch.iter_mut() {
-        line.outcome = Outcome::Open;
+    let mut count = 0u32;
+    for line in batch.iter() {
+        device.put(count, encode(line).bytes());
+        count = count.saturating_add(1);
     }
-    for attempt in 0..=RETURN_TRIES {
-        let last = attempt == RETURN_TRIES;
-        if attempt != 0 {
-            device.pause(RETURN_PAUSE_US);
-            counts.waits = counts.waits.wrapping_add(1);
-        }
-        let sent = send(device, batch);
-        if sent == 0 {
-            return;
-        }
-        counts.entries = counts.entries.wrapping_add(u64::from(sent));
-        counts.rings = counts.rings.wrapping_add(1);
-        device.ring(sent);
-        if !receive(device, batch, last, counts) {
-            return;
-        }
+    if count == 0 {
+        return;
     }
-}
-
-/// Puts the lines without an outcome into the queue; how many.
-fn send(device: &mut impl Device, batch: &[Request]) -> u32 {
-    let mut sent = 0u32;
-    for line in batch.iter().filter(|line| line.outcome == Outcome::Open) {
-        device.put(sent, encode(line).bytes());
-        sent = sent.saturating_add(1);
+    counts.entries = counts.entries.wrapping_add(u64::from(count));
+    counts.rings = counts.rings.wrapping_add(1);
+    device.ring(count);
+    for (index, line) in (0u32..).zip(batch.iter_mut()) {
+        let entry = Entry::read(&device.get(index));
+        receive(device, line, entry, counts);
     }
-    sent
 }
 
 fn encode(line: &Request) -> Entry {
@@ -89,30 +67,22 @@ fn encode(line: &Request) -> Entry {
     }
 }
 
-/// Takes the answers to what [`send`] sent. Whether some of it is to be asked again.
-fn receive(device: &mut impl Device, batch: &mut [Request], last: bool, counts: &mut Counts) -> bool {
-    let (mut index, mut again) = (0u32, false);
-    for line in batch.iter_mut().filter(|line| line.outcome == Outcome::Open) {
-        let entry = Entry::read(&device.get(index));
-        index = index.saturating_add(1);
-        let code = if entry.status == NO_ANSWER { whole_batch(device) } else { entry.status };
-        line.outcome = outcome(code);
-        match line.outcome {
-            Outcome::Done if !line.unmap => (line.bus, line.handle) = (entry.bus, entry.handle),
-            Outcome::Done => {}
-            // Not for what nobody waits for.
-            _ if code == Status::Returning.code() && !last && !line.ahead => {
-                line.outcome = Outcome::Open;
-                again = true;
-            }
-            Outcome::NoSpace => counts.no_space = counts.no_space.wrapping_add(1),
-            Outcome::Open | Outcome::Refused => counts.refused = counts.refused.wrapping_add(1),
+/// Notes the device's answer to `line`.
+fn receive(device: &mut impl Device, line: &mut Request, entry: Entry, counts: &mut Counts) {
+    let code = if entry.status == NO_ANSWER { whole_batch(device) } else { entry.status };
+    line.outcome = outcome(code);
+    let count = match line.outcome {
+        Outcome::Done if line.unmap => return,
+        Outcome::Done => {
+            (line.bus, line.handle) = (entry.bus, entry.handle);
+            return;
         }
-        if line.outcome != Outcome::Done {
-            counts.last_refusal = u64::from(code);
-        }
-    }
-    again
+        Outcome::Returning => &mut counts.returning,
+        Outcome::NoSpace => &mut counts.no_space,
+        Outcome::Open | Outcome::Refused => &mut counts.refused,
+    };
+    *count = count.wrapping_add(1);
+    counts.last_refusal = u64::from(code);
 }
 
 /// Why the batch as a whole was not looked at; never success.
@@ -126,9 +96,8 @@ fn whole_batch(device: &mut impl Device) -> u32 {
 fn outcome(code: u32) -> Outcome {
     match Status::from_code(code) {
         Some(Status::Ok) => Outcome::Done,
-        Some(Status::OutOfBytes | Status::OutOfEntries | Status::Fragmented | Status::Returning) => {
-            Outcome::NoSpace
-        }
+        Some(Status::Returning) => Outcome::Returning,
+        Some(Status::OutOfBytes | Status::OutOfEntries | Status::Fragmented) => Outcome::NoSpace,
         _ => Outcome::Refused,
     }
 }

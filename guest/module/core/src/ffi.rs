@@ -41,8 +41,6 @@ pub struct Config {
     pub ring: extern "C" fn(*mut c_void, u32),
     /// The queue's status.
     pub status: extern "C" fn(*mut c_void) -> u32,
-    /// Waits for this many microseconds, without sleeping.
-    pub pause: extern "C" fn(*mut c_void, u32),
 }
 
 /// The C half's queue and functions.
@@ -52,7 +50,6 @@ pub struct Host {
     context: *mut c_void,
     ring: extern "C" fn(*mut c_void, u32),
     status: extern "C" fn(*mut c_void) -> u32,
-    pause: extern "C" fn(*mut c_void, u32),
 }
 
 // SAFETY: used under the domain's lock only, on whichever CPU; none of it belongs to a thread.
@@ -82,10 +79,6 @@ impl Device for Host {
     fn status(&mut self) -> u32 {
         (self.status)(self.context)
     }
-
-    fn pause(&mut self, microseconds: u32) {
-        (self.pause)(self.context, microseconds);
-    }
 }
 
 /// `struct odma_core`.
@@ -99,6 +92,7 @@ fn code(failure: Failure) -> i32 {
         Failure::Entries => 3,
         Failure::NoSpace => 4,
         Failure::Host => 5,
+        Failure::Returning => 6,
     }
 }
 
@@ -148,7 +142,6 @@ pub unsafe extern "C" fn odma_core_create(config: *const Config, memory: *mut u8
             context: config.context,
             ring: config.ring,
             status: config.status,
-            pause: config.pause,
         };
         let domain = Domain::new(storage, limits, &ram, host).ok()?;
         // SAFETY: room for one, aligned, cut off for it alone.
@@ -299,7 +292,7 @@ pub struct CoreStats {
     pub evicted: u64,
     /// Idle windows given back because they were too large to use again.
     pub replaced: u64,
-    /// Calls that failed.
+    /// Calls that failed, but for those that may be made again.
     pub failures: u64,
     /// Mappings that the host did not take down when asked.
     pub lost: u64,

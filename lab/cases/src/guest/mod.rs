@@ -4,6 +4,7 @@ pub mod config;
 pub mod disk;
 pub mod dma;
 pub mod dma_device;
+pub mod dma_trace;
 pub mod function;
 pub mod input;
 pub mod kexec;
