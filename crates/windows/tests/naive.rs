@@ -175,7 +175,7 @@ fn a_failed_call_changes_nothing() {
 /// What is idle stays where giving it back would bring no space at once, and the next call may succeed.
 #[test]
 fn space_that_returns_fails_the_call_and_nothing_else() {
-    let limits = Limits { bytes: 4 * MIB, entries: 64 };
+    let limits = Limits { bytes: 256 * MIB, entries: 4096 };
     let (table, mut planner) = create(limits, &ram(), 8);
     let mut host = Host::default();
     let mut idle = [Segment::new(0x4080_0000, 4096)];

@@ -76,10 +76,10 @@ fn guest(guest: &mut Guest) -> Result<()> {
     } else {
         full(guest)?
     }
+    nothing_is_left(&function)?;
     traced(guest, &function, "clusters 1000")?;
     traced(guest, &function, "mixed 3")?;
     refuses_to_go(guest)?;
-    nothing_is_left(&function)?;
     leaks(guest, &function)?;
     guest.unload(STRESS)?;
     guest.unload(MODULE)?;
