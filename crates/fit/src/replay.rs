@@ -65,7 +65,9 @@ impl fmt::Display for Cause {
             Cause::Windows(Failure::NotRam(range)) => {
                 write!(f, "{:#x} + {:#x} is not RAM", range.start, range.len)
             }
-            Cause::Windows(Failure::NoSpace | Failure::Returning | Failure::Host) => f.write_str("the host refused"),
+            Cause::Windows(Failure::NoSpace | Failure::Returning | Failure::Host) => {
+                f.write_str("the host refused")
+            }
         }
     }
 }

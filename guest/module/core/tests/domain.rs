@@ -427,7 +427,11 @@ fn refusals_fail_the_call_and_leave_nothing() {
         module.device(&mut module.lock()).mood = mood;
         assert_eq!(module.map_at_once(page(9000), 4096), Err(failure));
         let stats = module.stats();
-        assert_eq!(stats.failures, u64::from(failure != RETURNING), "what may be tried again is no failure yet");
+        assert_eq!(
+            stats.failures,
+            u64::from(failure != RETURNING),
+            "what may be tried again is no failure yet"
+        );
         assert_eq!(stats.exchange.last_refusal, u64::from(code));
         module.device(&mut module.lock()).mood = Honest;
         assert_eq!(
