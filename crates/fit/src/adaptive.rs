@@ -40,10 +40,10 @@ impl<'m> Adaptive<'m> {
         memory: &'m mut Memory,
         limits: Limits,
         policy: Policy,
-        ram: Range,
+        ram: &[Range],
     ) -> Result<Self, StorageError> {
         let limits = outboard_windows::Limits { bytes: limits.bytes, entries: limits.entries };
-        let bounds = Storage::bounds(limits, &[ram], BATCH)?;
+        let bounds = Storage::bounds(limits, ram, BATCH)?;
         fn fill<T: Default>(vec: &mut Vec<T>, count: usize) -> &mut [T] {
             vec.clear();
             vec.resize_with(count, T::default);
@@ -57,7 +57,7 @@ impl<'m> Adaptive<'m> {
             bus_map: fill(&mut memory.bus_map, bounds.bus_map),
             batch: fill(&mut memory.batch, BATCH),
         };
-        let (table, planner) = Planner::create(storage, limits, policy, &[ram])?;
+        let (table, planner) = Planner::create(storage, limits, policy, ram)?;
         Ok(Self { table, planner, list: Vec::new(), refusal: None })
     }
 

@@ -72,11 +72,11 @@ impl Events {
                 // So a failed allocation shows: in newer kernels by its bus address, in 6.12 only by its pointer.
                 (0 | FAILED, _) => Ok(()),
                 _ if fields.hex("virt_addr") == Ok(0) => Ok(()),
-                (bus, size) => device.get().single(at, bus, bus, size.next_multiple_of(PAGE)),
+                (bus, size) => device.get().single(at, bus, bus, whole_pages(size)),
             },
             "free" | "free_pages" => {
                 let (bus, size) = bus_and_size()?;
-                device.get().unmap_single(at, bus, size.next_multiple_of(PAGE));
+                device.get().unmap_single(at, bus, whole_pages(size));
                 Ok(())
             }
             "unmap_page" | "unmap_phys" => {
@@ -181,7 +181,7 @@ impl Device {
         }
         // An IOMMU merges entries on the bus; then sizes are those of its segments, and entries share them evenly.
         let total: u64 = sizes.iter().fold(0, |sum, size| sum.saturating_add(*size));
-        let even = (total / starts.len() as u64).next_multiple_of(PAGE).max(PAGE);
+        let even = whole_pages(total / starts.len() as u64).max(PAGE);
         let size = |index: usize| match sizes.get(index) {
             Some(size) if sizes.len() == starts.len() => *size,
             _ => even,
@@ -216,6 +216,11 @@ impl Device {
         self.calls.push((at, Err(index)));
         Ok(())
     }
+}
+
+/// `size` in whole pages; what is beyond every address stays so, and is refused as such.
+fn whole_pages(size: u64) -> u64 {
+    size.checked_next_multiple_of(PAGE).unwrap_or(u64::MAX)
 }
 
 /// `seconds.fraction` of a trace line as microseconds.

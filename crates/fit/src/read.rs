@@ -131,12 +131,20 @@ impl<R: BufRead> Lines<'_, R> {
     fn next(&mut self) -> Result<Option<&str>, ReadError> {
         self.line.clear();
         self.number += 1;
-        let io = |source| ReadError::Io { path: self.path.to_owned(), source };
-        let read = (&mut self.text).take(MAX_LINE).read_line(&mut self.line).map_err(io)?;
+        let read = (&mut self.text).take(MAX_LINE).read_line(&mut self.line);
+        let read = read.map_err(|source| self.unreadable(source))?;
         if read as u64 == MAX_LINE {
             return Err(self.error(format!("longer than {MAX_LINE} bytes")));
         }
         Ok((read != 0).then(|| self.line.trim_end_matches(['\n', '\r'])))
+    }
+
+    fn unreadable(&self, source: io::Error) -> ReadError {
+        match source.kind() {
+            io::ErrorKind::InvalidData => self.error(format!("no text, nor sound xz: {source}")),
+            io::ErrorKind::UnexpectedEof => self.error("the packed file ends early: it was cut".into()),
+            _ => ReadError::Io { path: self.path.to_owned(), source },
+        }
     }
 
     fn error(&self, what: String) -> ReadError {

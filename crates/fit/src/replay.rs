@@ -1,9 +1,10 @@
 //! One trace through one policy.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use outboard_dart::MapError;
-use outboard_windows::{Failure, Policy as Constants, Range};
+use outboard_windows::{Failure, MAX_RAM_RANGES, Policy as Constants, Range};
 
 use crate::adaptive::{Adaptive, Memory};
 use crate::host::{Host, Limits};
@@ -134,13 +135,16 @@ pub enum Detail {
     Samples,
 }
 
+/// RAM for which tables are made at most: they take a word for each 16 KiB.
+const MOST_RAM: u64 = 4 << 40;
+
 /// Limits with which nothing can be replayed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("limits of {bytes} bytes and {entries} entries, RAM up to {ram_end:#x}: cannot be replayed ({why})")]
+#[error("limits of {bytes} bytes and {entries} entries, {ram_gib} GiB of RAM: cannot be replayed ({why})")]
 pub struct LimitsError {
     bytes: u64,
     entries: u32,
-    ram_end: u64,
+    ram_gib: u64,
     why: &'static str,
 }
 
@@ -150,13 +154,17 @@ pub struct LimitsError {
 /// [`LimitsError`] if the limits are less than one granule or entry.
 pub fn replay(trace: &Trace, policy: Policy, limits: Limits, detail: Detail) -> Result<Replay, LimitsError> {
     let ram = ram(trace);
+    let ram_bytes: u64 = ram.iter().map(|range| range.len).sum();
     let error =
-        |why| LimitsError { bytes: limits.bytes, entries: limits.entries, ram_end: ram.start + ram.len, why };
+        |why| LimitsError { bytes: limits.bytes, entries: limits.entries, ram_gib: ram_bytes >> 30, why };
+    if ram_bytes > MOST_RAM {
+        return Err(error("the trace's addresses lie too far apart: no more than 4 TiB around them"));
+    }
     let host = Host::new(limits).map_err(|_| error("the DART model needs at least 16 KiB and one entry"))?;
     Ok(match policy {
         Policy::Adaptive(constants) => {
             let mut memory = Memory::default();
-            let mut scheme = Adaptive::new(&mut memory, limits, constants, ram)
+            let mut scheme = Adaptive::new(&mut memory, limits, constants, &ram)
                 .map_err(|_| error("the windows need tables of that size"))?;
             run(trace, &mut scheme, host, detail)
         }
@@ -165,12 +173,34 @@ pub fn replay(trace: &Trace, policy: Policy, limits: Limits, detail: Detail) -> 
     })
 }
 
-/// Guest RAM as far as a trace tells: all around what it names, in whole 256 MiB.
-fn ram(trace: &Trace) -> Range {
+/// Guest RAM as far as a trace tells: around each address that it names, in whole 256 MiB. Hosts have their RAM in pieces, some of them
+/// terabytes apart; where there are more pieces than a guest may have, the smallest holes count as RAM.
+fn ram(trace: &Trace) -> Vec<Range> {
     const UNIT: u64 = 256 << 20;
-    let (low, high) = trace.extent().unwrap_or_default();
-    let start = low & !(UNIT - 1);
-    Range { start, len: high.next_multiple_of(UNIT) - start }
+    // End by start, disjoint.
+    let mut pieces: BTreeMap<u64, u64> = BTreeMap::new();
+    for segment in &trace.segments {
+        let (mut start, mut end) = (segment.start & !(UNIT - 1), segment.start + segment.len);
+        if pieces.range(..=start).next_back().is_some_and(|(_, had)| *had >= end) {
+            continue;
+        }
+        end = end.next_multiple_of(UNIT);
+        while let Some((from, to)) = pieces.range(..=end).next_back().filter(|(_, to)| **to >= start) {
+            (start, end) = (start.min(*from), end.max(*to));
+            let from = *from;
+            pieces.remove(&from);
+        }
+        pieces.insert(start, end);
+    }
+    let mut pieces: Vec<Range> =
+        pieces.iter().map(|(start, end)| Range { start: *start, len: end - start }).collect();
+    while pieces.len() > MAX_RAM_RANGES {
+        let hole = |at: &usize| pieces[at + 1].start - (pieces[*at].start + pieces[*at].len);
+        let Some(at) = (0..pieces.len() - 1).min_by_key(hole) else { break };
+        let next = pieces.remove(at + 1);
+        pieces[at].len = next.start + next.len - pieces[at].start;
+    }
+    pieces
 }
 
 fn run(trace: &Trace, scheme: &mut dyn Scheme, mut host: Host, detail: Detail) -> Replay {

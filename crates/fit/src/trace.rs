@@ -83,11 +83,4 @@ impl Trace {
     pub fn begins(&self) -> u64 {
         self.calls.first().map_or(0, |call| call.at)
     }
-
-    /// Lowest and highest (exclusive) address that any call names.
-    pub fn extent(&self) -> Option<(u64, u64)> {
-        let low = self.segments.iter().map(|s| s.start).min()?;
-        let high = self.segments.iter().map(|s| s.start.saturating_add(s.len)).max()?;
-        Some((low, high))
-    }
 }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Parser;
 use outboard_fit::trace::{Op, Trace};
-use outboard_fit::{Args, ReadError, read, run};
+use outboard_fit::{Args, Detail, Limits, Policy, ReadError, read, run};
 use proptest::prelude::*;
 
 #[derive(Parser)]
@@ -73,6 +73,14 @@ fn damage_is_reported_with_its_line() {
             }
             other => panic!("{text}: {other:?}"),
         }
+    }
+    let packed = std::fs::read(data("tiny.trace.xz")).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("x");
+    for (bytes, what) in [(&packed[..packed.len() / 2], "cut"), (&[b'm', b' ', 0xff, 0xfe][..], "no text")] {
+        std::fs::write(&path, bytes).unwrap();
+        let said = read(&path, None).unwrap_err().to_string();
+        assert!(said.contains(what), "{said}");
     }
     assert!(matches!(parse("nothing here\n", None), Err(ReadError::Empty(_))));
     assert!(matches!(read(Path::new("generated:nonsense"), None), Err(ReadError::Generated(_))));
@@ -224,6 +232,37 @@ fn plots_are_well_formed() {
     assert!(svg.starts_with("<svg ") && svg.ends_with("</svg>\n"));
     assert_eq!(svg.matches("<polyline ").count(), 6, "entries and bytes of three policies");
     assert!(!svg.contains("NaN") && !svg.contains("inf"));
+}
+
+#[test]
+fn numbers_that_no_kernel_prints_are_refused() {
+    for event in [
+        "dma_alloc: dev dma_addr=1000 size=18446744073709551615 virt_addr=1 attrs=",
+        "dma_alloc_sgt: dev dma_addr=1000 size=18446744073709551615 phys_addrs={0x1000} attrs=",
+        "dma_map_page: dev dma_addr=1000 size=18446744073709551615 phys_addr=1000 attrs=",
+    ] {
+        let said = parse(&format!("x 1.5: {event}\n"), None).unwrap_err().to_string();
+        assert!(said.contains("52 bits"), "{said}");
+    }
+    let free = "x 1.5: dma_map_page: dev dma_addr=1000 size=4096 phys_addr=1000 attrs=\n\
+        x 1.6: dma_free: dev dma_addr=1000 size=18446744073709551615 virt_addr=1 attrs=\n";
+    assert_eq!(parse(free, None).unwrap().calls.len(), 1, "what was never mapped is passed over");
+}
+
+/// Two pieces of RAM 64 TiB apart, as a host with two sockets has them, and more pieces than a guest may have.
+#[test]
+fn ram_in_pieces_is_replayed_and_too_much_of_it_refused() {
+    let replay = |text: &str| {
+        let trace = parse(text, None).unwrap();
+        outboard_fit::replay(&trace, Policy::all()[0], Limits::MAC, Detail::Counts)
+    };
+    let far = "m 1 1 80000000:1000\nm 2 2 400000000000:1000,4000f0000000:1000\nu 3 1\n";
+    assert_eq!(replay(far).unwrap().failures, 0);
+    let many: String = (0..20_u64).map(|i| format!("m {i} {i} {:x}:1000\n", (i * i) << 30)).collect();
+    assert_eq!(replay(&many).unwrap().failures, 0);
+    let scattered: String = (0..20_u64).map(|i| format!("m {i} {i} {:x}:1000\n", i << 44)).collect();
+    assert!(replay(&scattered).unwrap_err().to_string().contains("too far apart"));
+    assert!(replay("m 1 1 0:ffffffffff000\n").is_err());
 }
 
 #[test]
