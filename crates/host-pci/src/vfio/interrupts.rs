@@ -79,7 +79,7 @@ impl Enabled {
         assert_eq!(fds.len(), usize::from(count), "a sink's answer for a vector stays the same");
         let thread = if events.is_empty() { None } else { Some(Thread::start(&events, &sink).map_err(own)?) };
         // From here on dropping `thread` stops it.
-        sys::set_irqs(device, index(kind), &Irqs::Trigger(&fds))
+        trigger(&fds, |fds| sys::set_irqs(device, index(kind), &Irqs::Trigger(fds)), (address, kind))
             .map_err(failed("VFIO_DEVICE_SET_IRQS", format!("{address}: {count} vectors of {kind:?}")))?;
         Ok(Self { kind, thread })
     }
@@ -89,14 +89,39 @@ impl Enabled {
         let Self { kind, thread } = self;
         let off = sys::set_irqs(device, index(kind), &Irqs::Off);
         drop(thread);
-        off.map_err(failed("VFIO_DEVICE_SET_IRQS", format!("{address}: {kind:?} off")))
+        off.map(drop).map_err(failed("VFIO_DEVICE_SET_IRQS", format!("{address}: {kind:?} off")))
     }
 
     /// Lets the pin fire again.
     pub(super) fn unmask_intx(device: BorrowedFd<'_>, address: PciAddress) -> Result<()> {
         sys::set_irqs(device, index(InterruptKind::Intx), &Irqs::Unmask)
+            .map(drop)
             .map_err(failed("VFIO_DEVICE_SET_IRQS", format!("{address}: unmask INTx")))
     }
+}
+
+/// Sets up as many of the vectors that `fds` signal as the host has; the others never fire. A host without interrupt remapping has one MSI
+/// vector for a device, whatever the device could use; the device then folds its vectors into that (PCIe 7.7.1.2).
+fn trigger(
+    fds: &[BorrowedFd<'_>],
+    set: impl Fn(&[BorrowedFd<'_>]) -> io::Result<Option<usize>>,
+    (address, kind): (PciAddress, InterruptKind),
+) -> io::Result<()> {
+    let mut fds = fds;
+    // Fewer each time, so this ends.
+    while let Some(there) = set(fds)? {
+        // MSI comes in powers of two.
+        let most = if kind == InterruptKind::Msi { 1 << there.ilog2() } else { there };
+        if most >= fds.len() {
+            return Err(io::ErrorKind::OutOfMemory.into());
+        }
+        tracing::warn!(
+            "{address}: the host has {there} of {} {kind:?} vectors; the guest's others never fire",
+            fds.len()
+        );
+        fds = &fds[..most];
+    }
+    Ok(())
 }
 
 /// Waits for eventfds and raises their vectors, until dropped.
@@ -141,5 +166,34 @@ fn forward(stop: &Event, events: &[(u16, Event)], sink: &dyn InterruptSink) -> i
                 sink.raise(*vector);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::RefCell;
+
+    #[test]
+    fn fewer_vectors_than_asked_for_are_taken_as_they_are() {
+        let event = Event::new().unwrap();
+        let fds = [event.as_fd(); 16];
+        let address: PciAddress = "01:00.0".parse().unwrap();
+        let ask = |kind, answers: &[Option<usize>]| {
+            let (asked, mut answers) = (RefCell::new(vec![]), RefCell::new(answers.iter()));
+            let set = |fds: &[BorrowedFd<'_>]| {
+                asked.borrow_mut().push(fds.len());
+                Ok(*answers.borrow_mut().next().unwrap())
+            };
+            let done = trigger(&fds, set, (address, kind)).is_ok();
+            assert_eq!(answers.get_mut().next(), None);
+            (done, asked.into_inner())
+        };
+        assert_eq!(ask(InterruptKind::Msi, &[None]), (true, vec![16]));
+        assert_eq!(ask(InterruptKind::Msi, &[Some(1), None]), (true, vec![16, 1]));
+        assert_eq!(ask(InterruptKind::Msi, &[Some(7), Some(2), None]), (true, vec![16, 4, 2]));
+        assert_eq!(ask(InterruptKind::MsiX, &[Some(7), None]), (true, vec![16, 7]));
+        // A host that says that it has what it does not give.
+        assert_eq!(ask(InterruptKind::MsiX, &[Some(16)]), (false, vec![16]));
     }
 }

@@ -105,8 +105,9 @@ pub(super) enum Irqs<'a> {
     Unmask,
 }
 
-/// Sets up, or turns off, the interrupts of one index.
-pub(super) fn set_irqs(device: BorrowedFd<'_>, index: u32, irqs: &Irqs<'_>) -> io::Result<()> {
+/// Sets up, or turns off, the interrupts of one index. [`Irqs::Trigger`] may find fewer vectors than it names: then nothing is set up,
+/// and the number of those that there are comes back.
+pub(super) fn set_irqs(device: BorrowedFd<'_>, index: u32, irqs: &Irqs<'_>) -> io::Result<Option<usize>> {
     let (flags, count, fds): (u32, usize, &[BorrowedFd<'_>]) = match irqs {
         Irqs::Trigger(fds) => {
             (raw::VFIO_IRQ_SET_DATA_EVENTFD | raw::VFIO_IRQ_SET_ACTION_TRIGGER, fds.len(), fds)
@@ -116,7 +117,8 @@ pub(super) fn set_irqs(device: BorrowedFd<'_>, index: u32, irqs: &Irqs<'_>) -> i
     };
     let mut words = vec![0, flags, index, 0, count as u32];
     words.extend(fds.iter().map(|fd| fd.as_raw_fd().cast_unsigned()));
-    DEVICE_SET_IRQS.with_words(device, &mut words).map(drop)
+    // Success is 0; what is above is how many vectors pci_alloc_irq_vectors got (vfio_msi_enable in vfio_pci_intrs.c, and QEMU's retry).
+    DEVICE_SET_IRQS.with_words(device, &mut words).map(|got| usize::try_from(got).ok().filter(|got| *got > 0))
 }
 
 /// Resets every function that shares a reset line with `device`; fails unless `groups` own them all.
