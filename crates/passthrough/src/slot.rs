@@ -14,7 +14,7 @@ use std::thread::JoinHandle;
 pub enum Vacated {
     /// The guest let go of it, after [`Slot::request_eject`] or by itself.
     Ejected,
-    /// A function was lost while the guest had it, and all of the slot with it: each function with its loss. One that only went with
+    /// A function was lost while the guest had it or in the reset after that, and all of the slot with it: each function with its loss. One that only went with
     /// another counts as [`Loss::Gone`] here.
     Lost(Vec<(PciAddress, Loss)>),
 }
@@ -163,9 +163,13 @@ impl Shared {
         self.listener.vacated(Vacated::Lost(losses));
     }
 
-    /// The guest has turned the power off: the device is quiet and reset before anybody else gets it.
+    /// The guest has turned the power off: the device is quiet and reset before anybody else gets it. One that does not come back from that is
+    /// lost all the same.
     fn ejected(&self) {
         self.functions.iter().for_each(|function| function.reset());
+        if self.functions.iter().any(|function| function.loss().is_some()) {
+            return self.lost();
+        }
         self.empty();
         self.listener.vacated(Vacated::Ejected);
     }

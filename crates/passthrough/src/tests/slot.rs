@@ -155,6 +155,22 @@ fn an_orderly_eject_resets_before_it_gives_back() {
 }
 
 #[test]
+fn a_device_that_does_not_come_back_after_an_eject_is_reported_as_such() {
+    let machine = Machine::new();
+    let hosts = machine.hosts(&[0, 1]);
+    let _slot = machine.plug(&hosts).unwrap();
+    hosts[0].reset_fails.store(true, Ordering::SeqCst);
+    machine.port_write(0x58, 1 << 10);
+    match machine.vacated() {
+        Vacated::Lost(losses) => {
+            assert!(matches!(losses[..], [(_, Loss::Broken(_)), (_, Loss::Gone)]), "{losses:?}");
+        }
+        Vacated::Ejected => panic!("it is broken"),
+    }
+    assert!(!machine.port.link_up());
+}
+
+#[test]
 fn a_slot_that_is_not_empty_stays_as_it_is() {
     let machine = Machine::new();
     let _slot = machine.plug(&machine.hosts(&[0, 1])).unwrap();
