@@ -1,7 +1,7 @@
-use super::device::{DOORBELL, FakeBinder, FakeHost, Log, Rig};
+use super::device::{DOORBELL, FakeBinder, FakeHost, Log, Rig, Space};
 use crate::{Function, IntxWiring, LevelBinder, VectorBinder, Wiring, WiringError};
 use outboard_bus::{Event, MsiMessage, Width};
-use outboard_host_pci::InterruptKind;
+use outboard_host_pci::{HostBarKind, InterruptKind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -43,6 +43,25 @@ fn msix_goes_through_this_process_where_there_is_no_other_way() {
     assert_eq!(rig.sent.take().len(), 1);
     rig.write(0xb2, Width::B2, 0);
     assert_eq!(rig.log.take(), ["disable", "enable 1 Intx"]);
+}
+
+#[test]
+fn the_largest_msix_table_there_is_works_to_its_last_vector() {
+    let mut space = Space::endpoint();
+    space.put(0xb0, 2047 << 16 | 0xbc11).put(0xb8, 0xc000);
+    let bar = (0, HostBarKind::Memory32 { prefetchable: false }, 0x1_0000);
+    let mut host = FakeHost::new(space, &[bar], &Log::default());
+    host.counts.msix = 2048;
+    let rig = Rig::with(host, None);
+    rig.place();
+    rig.log.take();
+    use_msix(&rig, 2047);
+    assert_eq!(rig.log.take(), ["disable", "enable 2048 MsiX"]);
+    rig.host.raise(2047);
+    assert_eq!(rig.sent.take(), [message(2147)]);
+    rig.host.raise(2046);
+    assert_eq!(rig.bus.read(0x2000_c0f8, Width::B8), 1 << 62, "masked: pending in the last word");
+    assert_eq!(rig.bus.read(0x2000_c100, Width::B8), 0xbabe_0000_c100, "behind it the device itself");
 }
 
 #[test]
