@@ -304,11 +304,17 @@ static int record_release(struct inode *inode, struct file *file)
 	return seq_release(inode, file);
 }
 
+/* A file that is only written has no reader behind it. */
+static loff_t record_llseek(struct file *file, loff_t offset, int whence)
+{
+	return file->f_mode & FMODE_READ ? seq_lseek(file, offset, whence) : -ESPIPE;
+}
+
 const struct file_operations odma_record_fops = {
 	.owner = THIS_MODULE,
 	.open = record_open,
 	.release = record_release,
 	.read = seq_read,
-	.llseek = seq_lseek,
+	.llseek = record_llseek,
 	.write = record_write,
 };

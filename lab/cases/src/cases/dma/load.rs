@@ -9,6 +9,7 @@ use crate::guest::function::GuestFunction;
 use crate::host::{Assigned, Host, Kernel, Port, outboard};
 use anyhow::{Context, Result, ensure};
 use std::fs;
+use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 use std::thread;
 use std::time::Duration;
@@ -119,6 +120,9 @@ fn record_host(host: &Host) -> Result<Option<String>> {
 fn record(guest: &mut Guest) -> Result<()> {
     let file = domains()?[0].join("record");
     fs::write(&file, RECORDED.to_string())?;
+    // As programs do that open it for writing only; there is nothing to be at.
+    let sought = fs::OpenOptions::new().write(true).open(&file)?.seek(SeekFrom::Start(1));
+    ensure!(sought.is_err(), "a recorder that is only written was sought in");
     guest.need("nvme")?;
     GuestFunction::the(NVME_CLASS)?.wait_driver("nvme")?;
     let disk = GuestDisk::direct("nvme0n1")?;
