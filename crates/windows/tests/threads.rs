@@ -16,7 +16,11 @@ fn hits_and_releases_run_beside_misses() {
     let limits = Limits { bytes: 16 * MIB, entries: 512 };
     let (table, planner) = create(limits, &ram, 64);
     let slow = Mutex::new((planner, Host::default()));
-    let rounds = if cfg!(debug_assertions) { 20_000 } else { 200_000 };
+    let rounds = match () {
+        () if cfg!(miri) => 300,
+        () if cfg!(debug_assertions) => 20_000,
+        () => 200_000,
+    };
     std::thread::scope(|scope| {
         for thread in 0..4u64 {
             let (table, slow) = (&table, &slow);
