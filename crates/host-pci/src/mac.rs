@@ -119,6 +119,12 @@ impl Mac {
     }
 }
 
+/// What a domain holds: `mac` says it if it plays one, otherwise `bytes` in `entries` mappings.
+pub(crate) fn usage(mac: Option<&Mac>, bytes: u64, entries: usize) -> DmaUsage {
+    let entries = u32::try_from(entries).unwrap_or(u32::MAX);
+    mac.map_or(DmaUsage { bytes, entries, ..DmaUsage::default() }, Mac::usage)
+}
+
 fn refused(error: &MapError, now: u64) -> Error {
     match *error {
         MapError::Misaligned { start, len } => Error::Unaligned { what: format!("{start:#x}+{len:#x}") },

@@ -3,7 +3,7 @@
 #![allow(unsafe_code)] // UNSAFETY: copies to and from memory that the caller of `map` promised to keep.
 
 use super::faults::{Fault, Faults, Operation};
-use crate::mac::Mac;
+use crate::mac::{self, Mac};
 use crate::{
     BusAddress, DmaDomain, DmaLimits, DmaUsage, Error, GRANULE, PciAddress, Release, Result, check_granule,
 };
@@ -211,13 +211,6 @@ impl DmaDomain for SimulatedDomain {
 
     fn usage(&self) -> DmaUsage {
         let mapped = self.lock();
-        match &mapped.mac {
-            Some(mac) => mac.usage(),
-            None => DmaUsage {
-                bytes: mapped.bytes,
-                entries: u32::try_from(mapped.pieces.len()).unwrap_or(u32::MAX),
-                ..DmaUsage::default()
-            },
-        }
+        mac::usage(mapped.mac.as_ref(), mapped.bytes, mapped.pieces.len())
     }
 }

@@ -3,7 +3,7 @@
 #![allow(unsafe_code)] // UNSAFETY: the trait's `map` is unsafe: the caller promises the memory's lifetime.
 
 use super::sys::{self, failed};
-use crate::mac::Mac;
+use crate::mac::{self, Mac};
 use crate::{
     BusAddress, DmaDomain, DmaLimits, DmaPolicy, DmaUsage, Error, GRANULE, PciAddress, Release, Result,
 };
@@ -206,14 +206,7 @@ impl DmaDomain for VfioDomain {
 
     fn usage(&self) -> DmaUsage {
         let mapped = self.lock();
-        match &mapped.mac {
-            Some(mac) => mac.usage(),
-            None => DmaUsage {
-                bytes: mapped.bytes,
-                entries: u32::try_from(mapped.pieces.len()).unwrap_or(u32::MAX),
-                ..DmaUsage::default()
-            },
-        }
+        mac::usage(mapped.mac.as_ref(), mapped.bytes, mapped.pieces.len())
     }
 }
 
