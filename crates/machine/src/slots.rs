@@ -176,9 +176,7 @@ impl Slots {
         for reply in port.waiting.drain(..) {
             let _ = reply.send(match why {
                 Vacated::Ejected => Ok(Answer::Done(format!("{selection} is no longer in the guest"))),
-                Vacated::Lost(_) => Err(format!(
-                    "{selection} was lost before the guest had let go of it; `outboard status` says how"
-                )),
+                Vacated::Lost(_) => Err(format!("{selection} was lost; `outboard status` says how")),
             });
         }
     }

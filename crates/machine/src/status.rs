@@ -176,8 +176,9 @@ impl Board {
         port.iter().filter(|port| !port.powered()).for_each(|port| port.press_attention_button());
     }
 
-    /// Whether the device in slot `index` has power: the guest has taken it. `None` if there is none (any more).
+    /// Whether the device in slot `index` has power: the guest has taken it. `None` if there is none (any more), or no machine that stands.
     pub(crate) fn powered(&self, index: usize) -> Option<bool> {
+        self.lock().live.as_ref()?;
         match self.read().slots.get(index)?.state {
             SlotState::On => Some(true),
             SlotState::Off => Some(false),
@@ -307,6 +308,7 @@ mod tests {
         set_power(&port, false, 3);
         assert_eq!((board.powered(0), board.read().slots[0].state), (Some(false), SlotState::Off));
         set_power(&port, true, 1);
+        assert_eq!(board.powered(0), Some(true));
         let address = "0000:01:00.0".parse().unwrap();
         board.vacated(0, &Vacated::Lost(vec![(address, Loss::Broken("it hangs".into()))]));
         let slot = board.read().slots.remove(0);
@@ -331,6 +333,7 @@ mod tests {
         board.filled(0, "0000:01:00".into(), &[function()]);
         board.vacated(0, &Vacated::Lost(vec![]));
         board.taken_apart();
+        assert_eq!(board.powered(0), None);
         let between = board.read();
         assert_eq!((between.state, between.counters), (GuestState::Stopping, None));
         board.built(&Arc::new(MmioBus::new()), vec![(4, port)]);
