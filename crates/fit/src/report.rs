@@ -118,6 +118,12 @@ impl Report {
             text.push_str(&verdict(r));
             text.push('\n');
         }
+        text + &self.caveats()
+    }
+
+    /// What the recording does not say.
+    fn caveats(&self) -> String {
+        let mut text = String::new();
         if self.lost > 0 {
             let _ = writeln!(
                 text,

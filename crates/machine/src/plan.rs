@@ -32,6 +32,14 @@ impl fmt::Display for Plan<'_> {
         }
         writeln!(f, "  command line  {}", spec.command_line)?;
         writeln!(f, "  console       {}", spec.console)?;
+        self.pci(f)?;
+        self.address_space(f)
+    }
+}
+
+impl Plan<'_> {
+    fn pci(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (spec, inputs) = (self.spec, self.inputs);
         writeln!(f, "PCI")?;
         writeln!(f, "  00:00.0  host bridge")?;
         for (slot, kind) in (1..).zip(DeviceKind::list(spec)) {
@@ -76,6 +84,12 @@ impl fmt::Display for Plan<'_> {
                 None => writeln!(f, "  00:{port:02x}.0  root port, free")?,
             }
         }
+        Ok(())
+    }
+
+    fn address_space(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (spec, inputs) = (self.spec, self.inputs);
+        let ram = &inputs.space.ram;
         writeln!(f, "address space ({} bits)", inputs.space.ipa_bits)?;
         for (name, start, end) in [
             ("GIC distributor", layout::GIC_DISTRIBUTOR, layout::GIC_DISTRIBUTOR + 0x1_0000),
