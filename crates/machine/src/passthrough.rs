@@ -265,8 +265,10 @@ struct Vectors(Arc<dyn InterruptController>);
 
 impl VectorBinder for Vectors {
     fn bind(&self, message: MsiMessage, event: &Event) -> Result<(), WiringError> {
-        if message.address != layout::MSI_FRAME + outboard_hypervisor::MSI_DOORBELL {
-            return Err(format!("{:#x} is not the address of the MSI frame", message.address).into());
+        // The frame raises its own interrupts and none of the board's; where they end the interrupt controller knows.
+        let frame = layout::MSI_FRAME + outboard_hypervisor::MSI_DOORBELL;
+        if message.address != frame || message.data < layout::MSI_START {
+            return Err(format!("{message:x?} is not for the MSI frame").into());
         }
         Ok(self.0.bind_interrupt(message.data, event.as_fd())?)
     }
@@ -281,6 +283,45 @@ impl VectorBinder for Vectors {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::fd::BorrowedFd;
+
+    /// Takes whatever it is asked.
+    struct Gic;
+
+    impl InterruptController for Gic {
+        fn set_spi(&self, _: u32, _: bool) -> outboard_hypervisor::Result<()> {
+            Ok(())
+        }
+        fn send_msi(&self, _: u64, _: u32) -> outboard_hypervisor::Result<()> {
+            Ok(())
+        }
+        fn bind_interrupt(&self, _: u32, _: BorrowedFd<'_>) -> outboard_hypervisor::Result<()> {
+            Ok(())
+        }
+        fn unbind_interrupt(&self, _: u32, _: BorrowedFd<'_>) -> outboard_hypervisor::Result<()> {
+            Ok(())
+        }
+        fn bind_level_interrupt(
+            &self,
+            _: u32,
+            _: BorrowedFd<'_>,
+            _: BorrowedFd<'_>,
+        ) -> outboard_hypervisor::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn b5_a_devices_message_raises_no_interrupt_of_the_board() {
+        let (vectors, event) = (Vectors(Arc::new(Gic)), Event::new().unwrap());
+        let frame = layout::MSI_FRAME + outboard_hypervisor::MSI_DOORBELL;
+        let bound = |address, data| vectors.bind(MsiMessage { address, data }, &event).is_ok();
+        assert!(bound(frame, layout::MSI_START));
+        for data in [0, layout::PL011_INTID, layout::PCI_INTX_INTIDS.start, layout::MSI_START - 1] {
+            assert!(!bound(frame, data), "{data}");
+        }
+        assert!(!bound(frame + 4, layout::MSI_START));
+    }
 
     #[test]
     fn a_dma_device_stands_before_the_port_it_serves() {
