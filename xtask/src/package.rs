@@ -16,13 +16,14 @@ use std::process::Command;
 const NAME: &str = "outboard-dma";
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// File under `guest/package`, place in the package (`@SRC@` is the folder of the sources), mode.
-const FILES: [(&str, &str, u32); 12] = [
+const FILES: [(&str, &str, u32); 13] = [
     ("control", "DEBIAN/control", 0o644),
     ("postinst", "DEBIAN/postinst", 0o755),
     ("prerm", "DEBIAN/prerm", 0o755),
     ("postrm", "DEBIAN/postrm", 0o755),
     ("dkms.conf", "@SRC@/dkms.conf", 0o644),
     ("check-kernel", "@SRC@/check-kernel", 0o755),
+    ("renew-initramfs", "@SRC@/renew-initramfs", 0o755),
     ("modprobe.conf", "usr/lib/modprobe.d/outboard-dma.conf", 0o644),
     ("modules-load.conf", "usr/lib/modules-load.d/outboard-dma.conf", 0o644),
     ("initramfs-hook", "usr/share/initramfs-tools/hooks/outboard-dma", 0o755),
