@@ -191,8 +191,9 @@ int odma_start(struct odma_domain *domain)
 
 	if (error)
 		return error;
-	if (readl(domain->regs + ODMA_STATE) != ODMA_STATE_OFF)
+	if (domain->dirty || readl(domain->regs + ODMA_STATE) != ODMA_STATE_OFF)
 		reset(domain);
+	domain->dirty = false;
 	error = make_core(domain);
 	if (error)
 		return error;
@@ -252,6 +253,33 @@ static struct odma_domain *new_domain(struct pci_dev *pdev)
 	return domain;
 }
 
+/*
+ * Starts to serve. A driver that binds from here on is served; one that was there before keeps the DMA device off until it has gone, and then the
+ * next one starts it. So does the first one in a slot that is empty now (-ENXIO).
+ */
+static int begin(struct odma_domain *domain)
+{
+	int error;
+
+	mutex_lock(&odma_mutex);
+	if (odma_adopt(domain)) {
+		/* A crashed kernel's mappings are no more its than ours. */
+		if (odma_running(domain))
+			reset(domain);
+		error = make_core(domain);
+	} else {
+		error = odma_start(domain);
+	}
+	if (error == -ENXIO)
+		error = 0;
+	if (!error)
+		list_add_tail(&domain->list, &odma_domains);
+	else
+		odma_disown(domain);
+	mutex_unlock(&odma_mutex);
+	return error;
+}
+
 static int probe(struct pci_dev *pdev, const struct pci_device_id *id)
 {
 	struct odma_domain *domain;
@@ -268,19 +296,16 @@ static int probe(struct pci_dev *pdev, const struct pci_device_id *id)
 	domain = new_domain(pdev);
 	if (!domain)
 		goto release;
-	error = odma_start(domain);
-	/* An empty slot may be filled later: then it starts when a driver binds. */
-	if (error && error != -ENXIO)
+	error = check(domain);
+	if (!error)
+		error = begin(domain);
+	if (error)
 		goto free;
 	pci_set_drvdata(pdev, domain);
 	odma_debugfs_add(domain);
-	mutex_lock(&odma_mutex);
-	list_add_tail(&domain->list, &odma_domains);
-	mutex_unlock(&odma_mutex);
 	pci_info(pdev, "maps up to %llu MiB in %u pieces for what is behind root port %02x.%x\n",
 		 domain->limit_bytes >> 20, domain->limit_entries, PCI_SLOT(domain->served),
 		 PCI_FUNC(domain->served));
-	odma_adopt(domain);
 	return 0;
 free:
 	free_domain(domain);

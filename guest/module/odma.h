@@ -54,6 +54,7 @@ struct odma_domain {
 	struct list_head list;		/* of all, under odma_mutex */
 	struct list_head clients;	/* under odma_mutex */
 	bool closing;			/* serves nothing new; under odma_mutex */
+	bool dirty;			/* a driver that was there before may have left its device running; under odma_mutex */
 	struct delayed_work tidy;
 	u64 leaks;			/* mappings that drivers left behind */
 };
@@ -69,6 +70,7 @@ struct odma_client {
 	struct list_head list;
 	s64 leaked;
 	bool bound;
+	bool foreign;			/* its driver was bound before this module came; under odma_mutex */
 };
 
 extern struct mutex odma_mutex;
@@ -90,7 +92,8 @@ bool odma_running(struct odma_domain *domain);
 int odma_served_init(void);
 void odma_served_exit(void);
 bool odma_serves(struct odma_domain *domain, struct pci_dev *pdev);
-void odma_adopt(struct odma_domain *domain);
+bool odma_adopt(struct odma_domain *domain);
+void odma_disown(struct odma_domain *domain);
 void odma_abandon(struct odma_domain *domain);
 void odma_tidy(struct work_struct *work);
 void odma_sum(struct odma_client *client, struct odma_counts *sum);

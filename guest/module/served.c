@@ -114,26 +114,46 @@ static const char *obstacle(struct device *dev)
 	return NULL;
 }
 
+/* Has the DMA device run for a driver of `dev`. */
+static bool start(struct odma_domain *domain, struct device *dev)
+{
+	struct odma_client *other;
+
+	if (any_bound(domain) || odma_running(domain))
+		return true;
+	list_for_each_entry(other, &domain->clients, list)
+		if (other->foreign) {
+			dev_err(dev, "DMA is not set up, the driver will fail: %s has a driver from before "
+				KBUILD_MODNAME " came. Unbind that first\n", dev_name(other->dev));
+			return false;
+		}
+	/* The function was away and has come back, or the host was reset: what was mapped is gone. */
+	if (odma_start(domain)) {
+		dev_err(dev, "DMA is not set up, the driver will fail: its DMA device does not start\n");
+		return false;
+	}
+	return true;
+}
+
 /* A driver is about to bind: DMA is set up, its probe has not begun. */
 static void bind(struct device *dev)
 {
 	struct odma_domain *domain = domain_of(to_pci_dev(dev));
-	struct odma_client *client;
+	struct odma_client *client = find(dev);
 	const char *why;
 
 	if (!domain)
 		return;
+	/* The one from before has gone. */
+	if (client)
+		client->foreign = false;
 	why = obstacle(dev);
 	if (why) {
 		dev_err(dev, "DMA is not set up, the driver will fail: %s\n", why);
 		return;
 	}
-	/* The function was away and has come back, or the host was reset: what was mapped is gone. */
-	if (!any_bound(domain) && !odma_running(domain) && odma_start(domain)) {
-		dev_err(dev, "DMA is not set up, the driver will fail: its DMA device does not start\n");
+	if (!start(domain, dev))
 		return;
-	}
-	client = find(dev);
 	if (!client)
 		client = new_client(domain, dev);
 	/* The module stays while operations of its own may be called. */
@@ -163,6 +183,7 @@ static void count_leaks(struct odma_client *client)
 
 static void release(struct odma_client *client)
 {
+	client->foreign = false;
 	if (client->bound)
 		module_put(THIS_MODULE);
 	client->bound = false;
@@ -228,18 +249,36 @@ static int notified(struct notifier_block *block, unsigned long action, void *da
 
 static struct notifier_block notifier = { .notifier_call = notified };
 
-/* Functions that had a driver before this module came: its DMA does not go through here and never will. */
-void odma_adopt(struct odma_domain *domain)
+/*
+ * Looks for functions that had a driver before this module came: its DMA does not go through here and never will, and the addresses that it
+ * gave its device mean nothing to the host. While one has such a driver the host lets none of them do DMA. Whether there is one; under odma_mutex.
+ */
+bool odma_adopt(struct odma_domain *domain)
 {
 	struct pci_dev *pdev = NULL;
 
-	mutex_lock(&odma_mutex);
-	for_each_pci_dev(pdev)
-		if (odma_serves(domain, pdev) && pdev->dev.driver && !find(&pdev->dev))
-			pci_err(pdev, "not served: the driver %s was bound before " KBUILD_MODNAME
-				" came. Unbind and bind it, or load " KBUILD_MODNAME " earlier\n",
-				pdev->dev.driver->name);
-	mutex_unlock(&odma_mutex);
+	for_each_pci_dev(pdev) {
+		struct odma_client *client;
+
+		if (!odma_serves(domain, pdev) || !pdev->dev.driver)
+			continue;
+		domain->dirty = true;
+		client = new_client(domain, &pdev->dev);
+		if (client)
+			client->foreign = true;
+		pci_err(pdev, "not served, cannot do DMA: the driver %s was bound before " KBUILD_MODNAME
+			" came. Unbind and bind it, or load " KBUILD_MODNAME " earlier\n", pdev->dev.driver->name);
+	}
+	return domain->dirty;
+}
+
+/* Forgets what odma_adopt() found; under odma_mutex. */
+void odma_disown(struct odma_domain *domain)
+{
+	struct odma_client *client, *next;
+
+	list_for_each_entry_safe(client, next, &domain->clients, list)
+		free_client(client);
 }
 
 /* Unbinds the drivers of all served functions and takes the operations away. */

@@ -58,6 +58,18 @@ struct State {
     keep: bool,
     /// What the domain held when it was given up.
     last: DmaUsage,
+    patience: Patience,
+}
+
+/// With a driver that waits for DMA while its guest asks for none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Patience {
+    /// None was seen waiting.
+    Fresh,
+    /// One was, when last looked.
+    Waiting,
+    /// It was said, once for what is in the slot.
+    Told,
 }
 
 #[derive(Clone)]
@@ -105,6 +117,7 @@ impl Core {
             made: 0,
             keep: false,
             last: DmaUsage::default(),
+            patience: Patience::Fresh,
         };
         Self {
             name,
@@ -218,6 +231,7 @@ impl Core {
         }
         state.served = Some(Served { domain, slot });
         state.open = false;
+        state.patience = Patience::Fresh;
         self.enter(&mut state, Phase::Off);
         true
     }
@@ -228,12 +242,45 @@ impl Core {
         let mut state = self.lock();
         if state.phase == Phase::Off {
             self.enter(&mut state, Phase::On);
+            state.patience = Patience::Fresh;
             if !std::mem::replace(&mut state.open, true)
                 && let Some(served) = &state.served
             {
                 served.slot.allow_dma(true);
             }
         }
+    }
+
+    /// Whether DMA is held back, so that it is worth while to look again.
+    pub(crate) fn holds(&self) -> bool {
+        let state = self.lock();
+        state.phase == Phase::Off && !state.open && state.patience != Patience::Told
+    }
+
+    /// Says once what a guest lacks whose driver still waits for DMA when this is called again. Whether it was said now.
+    pub(crate) fn look(&self) -> bool {
+        // Under `control`, as everything that calls the functions: whoever empties the slot waits. Whoever resets it waits for the caller's
+        // thread: that does not wait for them.
+        let Ok(_control) = self.control.try_lock() else { return false };
+        if !self.holds() {
+            return false;
+        }
+        let Some(served) = self.lock().served.clone() else { return false };
+        let waiting = served.slot.waiting();
+        let mut state = self.lock();
+        let next = match (&waiting, state.patience) {
+            (None, _) => Patience::Fresh,
+            (Some(_), Patience::Fresh) => Patience::Waiting,
+            (Some(_), Patience::Waiting | Patience::Told) => Patience::Told,
+        };
+        state.patience = next;
+        drop(state);
+        let Some(function) = waiting.filter(|_| next == Patience::Told) else { return false };
+        tracing::warn!(
+            "{function} cannot do DMA: a driver in the guest has turned it on, but with dma=mac the guest has to ask for each mapping, and nothing \
+             in it does. Install the kernel module outboard_dma in the guest (docs/guest-module.md), load it, and bind the driver again"
+        );
+        true
     }
 
     /// Stops and resets the served functions, and takes down every mapping; those of a device that cannot be stopped stay. `settle` waits

@@ -81,6 +81,7 @@ impl Companion {
         let attached = self.core.attach(domain, slot);
         if attached {
             *self.limits.lock().unwrap_or_else(PoisonError::into_inner) = limits;
+            self.worker.wake();
         }
         attached
     }
@@ -107,6 +108,11 @@ impl Companion {
         (stats.maps.load(Ordering::Relaxed), stats.unmaps.load(Ordering::Relaxed))
     }
 
+    #[cfg(test)]
+    pub(crate) fn look(&self) -> bool {
+        self.core.look()
+    }
+
     fn ring(&self, index: usize, count: u32, later: bool) {
         let Some(queue) = self.queues.get(index).filter(|queue| queue.begin()) else { return };
         match Batch::take(&self.core, queue.base(), count) {
@@ -128,6 +134,7 @@ impl Companion {
             abi::CONTROL_RESET => {
                 self.core.reset(|| self.worker.settle());
                 self.queues.iter().for_each(Queue::reset);
+                self.worker.wake();
             }
             _ => {}
         }

@@ -24,6 +24,9 @@ pub trait ServedSlot: Send + Sync {
 
     /// Bus master off, drained, reset. Whether nothing of the slot can write to memory any more; `false` means that every mapping must stay.
     fn silence(&self) -> bool;
+
+    /// A function whose driver wants to do DMA while it is held back.
+    fn waiting(&self) -> Option<String>;
 }
 
 #[cfg(test)]

@@ -6,6 +6,10 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// How often to look whether a driver waits for DMA that is held back; twice this is what a guest gets to ask for some.
+const LOOK: Duration = Duration::from_secs(5);
 
 /// Works batches off, one after the other. A queue has at most one under way, so there are never more than queues.
 pub(crate) struct Worker {
@@ -51,6 +55,13 @@ impl Worker {
         self.shared.changed.notify_all();
     }
 
+    /// What is held back has changed.
+    pub(crate) fn wake(&self) {
+        // Under the lock: the thread has not looked yet, or waits already.
+        let _jobs = self.shared.lock();
+        self.shared.changed.notify_all();
+    }
+
     /// Waits until all batches handed over so far are done. A guest that keeps handing over more does not make this longer.
     pub(crate) fn settle(&self) {
         let jobs = self.shared.lock();
@@ -86,6 +97,15 @@ impl Shared {
                 self.changed.notify_all();
             } else if jobs.stop {
                 return;
+            } else if self.core.holds() {
+                let (again, timeout) =
+                    self.changed.wait_timeout(jobs, LOOK).unwrap_or_else(PoisonError::into_inner);
+                jobs = again;
+                if timeout.timed_out() {
+                    drop(jobs);
+                    self.core.look();
+                    jobs = self.lock();
+                }
             } else {
                 jobs = self.changed.wait(jobs).unwrap_or_else(PoisonError::into_inner);
             }

@@ -123,6 +123,11 @@ impl ServedSlot for Served {
         let silent: Vec<bool> = self.functions().map(|function| function.restart()).collect();
         silent.into_iter().all(|silent| silent)
     }
+
+    fn waiting(&self) -> Option<String> {
+        let waiting = self.functions().find(|function| function.waits_for_dma())?;
+        Some(waiting.host().identity().address.to_string())
+    }
 }
 
 /// Whether a function of the slot may still write to memory.

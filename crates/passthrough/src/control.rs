@@ -88,6 +88,12 @@ impl Function {
         }
     }
 
+    /// Whether the guest's driver wants to do DMA and is held back from it.
+    pub fn waits_for_dma(&self) -> bool {
+        let state = self.lock();
+        state.held && self.health.usable() && state.table.value(COMMAND) & u32::from(COMMAND_BUS_MASTER) != 0
+    }
+
     /// Stops the function's DMA and resets it like [`outboard_pci::PciFunction::reset`], but leaves it where the guest has put it: a guest can
     /// ask for this (through another device) after its kernel has assigned addresses. Whether it can no longer write to memory.
     pub fn restart(&self) -> bool {

@@ -102,6 +102,10 @@ impl DmaDomain for Checked {
 
 struct Quiet;
 impl ServedSlot for Quiet {
+    fn waiting(&self) -> Option<String> {
+        None
+    }
+
     fn allow_dma(&self, _: bool) {}
     fn silence(&self) -> bool {
         true

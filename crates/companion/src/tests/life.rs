@@ -133,3 +133,27 @@ fn a_companion_dropped_with_mappings_leaves_memory_and_domain_behind() {
     drop(companion);
     assert_eq!((domain.mapped().0, checked.limits().entries), (1, 65_536));
 }
+
+#[test]
+fn a_driver_that_waits_for_dma_in_vain_is_told_of_once() {
+    let rig = Rig::off(DART);
+    let wants = |wants| rig.slot.wants.store(wants, Ordering::SeqCst);
+    let looks = |rig: &Rig| [(); 4].map(|()| rig.companion.look());
+    assert_eq!(looks(&rig), [false; 4], "no driver");
+    wants(true);
+    assert_eq!(looks(&rig), [false, true, false, false], "not at once, and not again");
+    let rig = Rig::off(DART);
+    let wants = |wants| rig.slot.wants.store(wants, Ordering::SeqCst);
+    for _ in 0..3 {
+        wants(true);
+        assert!(!rig.companion.look());
+        wants(false);
+        assert!(!rig.companion.look(), "it went meanwhile");
+    }
+    wants(true);
+    assert!(!rig.companion.look());
+    control(&rig, abi::CONTROL_ENABLE);
+    assert!(!rig.companion.look(), "the guest has asked");
+    control(&rig, abi::CONTROL_RESET);
+    assert_eq!(looks(&rig), [false, true, false, false], "held back again");
+}

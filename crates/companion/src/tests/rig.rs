@@ -71,6 +71,8 @@ pub(super) struct OneFunction {
     pub(super) log: Mutex<Vec<&'static str>>,
     /// Plays a device that does not stop.
     pub(super) stuck: AtomicBool,
+    /// Its driver has turned DMA on.
+    pub(super) wants: AtomicBool,
     domain: Arc<SimulatedDomain>,
 }
 
@@ -86,6 +88,10 @@ impl ServedSlot for OneFunction {
         self.log.lock().unwrap().push(if kept > 0 { "silenced, still mapped" } else { "silenced" });
         let quiet = self.host.set_bus_master(false).and_then(|()| self.host.reset());
         quiet.is_ok() && !self.stuck.load(Ordering::SeqCst)
+    }
+
+    fn waiting(&self) -> Option<String> {
+        self.wants.load(Ordering::SeqCst).then(|| "0000:01:00.0".to_owned())
     }
 }
 
@@ -129,6 +135,7 @@ impl Rig {
             host: Arc::new(device.open(&domain).unwrap()),
             log: Mutex::default(),
             stuck: AtomicBool::new(false),
+            wants: AtomicBool::new(false),
             domain: domain.clone(),
         });
         let limits = DmaLimits { bytes: 1, entries: 1, granule: PAGE, address_bits: 32 };

@@ -69,13 +69,14 @@ fn a_function_held_back_is_no_bus_master_whatever_the_guest_writes() {
     rig.place();
     let masters = || rig.log.take().into_iter().filter(|e| e.starts_with("bus master")).collect::<Vec<_>>();
     assert_eq!((rig.dword(4) & 0xffff, masters()), (6, vec![]), "the guest reads what it wrote");
+    assert!(rig.function.waits_for_dma());
     rig.root.reset();
     rig.set_up_port();
     rig.place();
     assert!(!masters().contains(&"bus master true".to_owned()), "a reset is no way around it");
     rig.function.hold_dma(false);
     rig.function.hold_dma(false);
-    assert_eq!(masters(), ["bus master true"]);
+    assert_eq!((masters(), rig.function.waits_for_dma()), (vec!["bus master true".to_owned()], false));
     rig.function.hold_dma(true);
     assert_eq!((rig.dword(4) & 0xffff, masters()), (6, vec!["bus master false".to_owned()]));
     rig.write(4, Width::B2, 2);
