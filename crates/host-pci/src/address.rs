@@ -27,6 +27,11 @@ impl Selection {
     pub fn contains(&self, address: PciAddress) -> bool {
         self.address == if self.whole_slot { PciAddress { function: 0, ..address } } else { address }
     }
+
+    /// Whether a function is meant by both: `01:00` and `01:00.1` overlap.
+    pub fn overlaps(&self, other: &Self) -> bool {
+        self.contains(other.address) || other.contains(self.address)
+    }
 }
 
 impl PciAddress {
@@ -119,6 +124,21 @@ mod tests {
         assert_eq!(function.slot(), slot);
         assert!(slot.contains(function) && slot.contains(PciAddress { function: 0, ..function }));
         assert!(!slot.contains(PciAddress { device: 30, ..function }));
+        let select = |text: &str| text.parse::<Selection>().unwrap();
+        for (a, b, both) in [
+            ("01:1f", "01:1f", true),
+            ("01:1f", "01:1f.7", true),
+            ("01:1f.7", "01:1f.7", true),
+            ("01:1f.7", "01:1f.0", false),
+            ("01:1f", "01:1e.0", false),
+            ("01:1f", "02:1f", false),
+        ] {
+            assert_eq!(
+                (select(a).overlaps(&select(b)), select(b).overlaps(&select(a))),
+                (both, both),
+                "{a} {b}"
+            );
+        }
         let one: Selection = "01:1f.7".parse().unwrap();
         assert_eq!(one.to_string(), function.to_string());
         assert!(one.contains(function) && !one.contains(PciAddress { function: 6, ..function }));

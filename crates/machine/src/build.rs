@@ -63,7 +63,7 @@ impl Inputs {
             return Err(Error::TwoOnTerminal);
         }
         for (index, device) in spec.devices.iter().enumerate() {
-            if spec.devices[..index].iter().any(|other| other.selection == device.selection) {
+            if spec.devices[..index].iter().any(|other| other.selection.overlaps(&device.selection)) {
                 return Err(Error::DeviceTwice(device.selection));
             }
         }

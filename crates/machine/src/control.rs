@@ -95,6 +95,9 @@ impl Control {
 
     fn add(&self, device: DeviceSpec, wait: Duration) -> Result<Answer, String> {
         let selection = device.selection;
+        if self.board.holds(selection) {
+            return Err(format!("{selection} is in the guest already; `outboard status` shows where"));
+        }
         // On this thread: it may take as long as a reset of the device.
         let slot = HostSlot::open(device).map_err(text)?;
         let settled = Instant::now() + SETTLE;

@@ -6,7 +6,7 @@ use outboard_companion::Companion;
 use outboard_control::{
     Counters, DeviceFunction, Disk, DmaCounters, GuestState, Name, Network, Slot, SlotState, VmStatus,
 };
-use outboard_host_pci::HostFunction;
+use outboard_host_pci::{HostFunction, Selection};
 use outboard_passthrough::{Loss, Vacated};
 use outboard_pci::RootPort;
 use std::collections::BTreeSet;
@@ -149,6 +149,16 @@ impl Board {
     /// The device in slot `index` could not be had again after a reboot.
     pub(crate) fn not_back(&self, index: usize, error: &crate::Error) {
         self.slot(index, |slot| (slot.state, slot.why) = (SlotState::Broken, Some(error.to_string())));
+    }
+
+    /// Whether a function of `selection` is in a slot now.
+    pub(crate) fn holds(&self, selection: Selection) -> bool {
+        let state = self.lock();
+        let gone =
+            |slot: &&Slot| matches!(slot.state, SlotState::Empty | SlotState::Gone | SlotState::Broken);
+        let there = state.status.slots.iter().filter(|slot| !gone(slot)).flat_map(|slot| &slot.functions);
+        let mut addresses = there.filter_map(|function| function.address.parse().ok());
+        addresses.any(|address| selection.contains(address))
     }
 
     /// Whether the guest was booted before.
@@ -303,8 +313,12 @@ mod tests {
         let (board, port) = board();
         assert_eq!(board.read().slots[0].port, "00:03.0");
         assert_eq!((board.powered(0), board.settled()), (None, true));
+        let held = |board: &Board, text: &str| board.holds(text.parse().unwrap());
+        assert!(!held(&board, "01:00"));
         board.filled(0, "0000:01:00".into(), &[function()]);
         assert_eq!(board.powered(0), Some(true));
+        assert!(held(&board, "01:00") && held(&board, "01:00.0"));
+        assert!(!held(&board, "01:00.1") && !held(&board, "02:00"));
         set_power(&port, false, 3);
         assert_eq!((board.powered(0), board.read().slots[0].state), (Some(false), SlotState::Off));
         set_power(&port, true, 1);
@@ -315,6 +329,7 @@ mod tests {
         assert_eq!((slot.state, slot.device.as_deref()), (SlotState::Broken, Some("0000:01:00")));
         assert_eq!(slot.functions[0].lost.as_deref(), Some("it hangs"));
         assert!(!board.settled(), "the guest has not turned the slot off");
+        assert!(!held(&board, "01:00"), "it can be added again");
         set_power(&port, false, 2);
         assert!(!board.settled(), "it is not through with it");
         set_power(&port, false, 3);
