@@ -74,6 +74,16 @@ fn mistakes(host: &Host, taken: u16) -> Result<Vec<Mistake>> {
         mistake("disk-not-writable", &["--disk", &frozen], &["read-only", ":ro"]),
         mistake("qcow2-backing-missing", &["--disk", &path("orphan.qcow2")], &["backing", "rebase"]),
         mistake("qcow2-backing-cyclic", &["--disk", &path("a.qcow2")], &["backing", "rebase"]),
+        mistake(
+            "device-twice",
+            &["--device", "simulated:rtx5090", "--device", "simulated:rtx5090"],
+            &["is given twice", "leave one --device out"],
+        ),
+        mistake(
+            "device-and-its-function",
+            &["--device", "77:00", "--device", "77:00.1"],
+            &["0000:77:00.1 is given twice", "leave one --device out"],
+        ),
         mistake("port-in-use", &["--net", &forward], &["forward", "in use"]),
         usage("unknown-flag", &["--no-such-flag"], &["--no-such-flag", "--help"]),
         usage("memory-no-number", &["--memory", "lots"], &["lots", "--help"]),

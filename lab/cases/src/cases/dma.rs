@@ -3,6 +3,8 @@
 
 mod bench;
 mod ends;
+mod kdump;
+mod late;
 mod load;
 mod stress;
 
@@ -21,9 +23,28 @@ const MAC: [(&str, &str); 9] = [
     ("passthrough-removal", "dma-mac-removal"),
 ];
 
+/// And of those with too little room; `load` has the one with an NVMe disk.
+const TIGHT: [(&str, &str); 6] = [
+    ("passthrough-ahci", "dma-tight-ahci"),
+    ("passthrough-xhci", "dma-tight-xhci"),
+    ("passthrough-e1000e", "dma-tight-e1000e"),
+    ("passthrough-hda", "dma-tight-hda"),
+    ("passthrough-multifunction", "dma-tight-multifunction"),
+    ("passthrough-two-devices", "dma-tight-two-devices"),
+];
+
 pub(super) fn cases() -> Vec<Case> {
     let again = super::passthrough::cases().into_iter().filter_map(mac);
-    again.chain(ends::cases()).chain(load::cases()).chain(stress::cases()).chain(bench::cases()).collect()
+    let tight = super::passthrough::cases().into_iter().filter_map(tight);
+    again
+        .chain(tight)
+        .chain(ends::cases())
+        .chain(kdump::cases())
+        .chain(late::cases())
+        .chain(load::cases())
+        .chain(stress::cases())
+        .chain(bench::cases())
+        .collect()
 }
 
 fn mac(case: Case) -> Option<Case> {
@@ -31,13 +52,27 @@ fn mac(case: Case) -> Option<Case> {
     Some(Case { name, about: "the same under a Mac's DMA limits", ..case })
 }
 
+fn tight(case: Case) -> Option<Case> {
+    let (_, name) = TIGHT.iter().find(|(plain, _)| *plain == case.name)?;
+    Some(Case {
+        name,
+        about: "the same with 24 MiB in 666 mappings, and at times with no room at all",
+        ..case
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use crate::host::Dma;
 
     /// Without a driver that asks for memory; and the abuse, which is the same work twice.
-    const WITHOUT: [&str; 4] =
-        ["passthrough-errors", "passthrough-rtx5090", "passthrough-abuse", "bench-passthrough"];
+    const WITHOUT: [&str; 5] = [
+        "passthrough-errors",
+        "passthrough-rtx5090",
+        "passthrough-hotadd",
+        "passthrough-abuse",
+        "bench-passthrough",
+    ];
 
     #[test]
     fn each_passthrough_case_also_runs_under_a_macs_limits() {

@@ -1,12 +1,14 @@
 //! Disks in the guest.
 #![allow(unsafe_code)] // UNSAFETY: two ioctls of block devices that no safe wrapper has.
 
+use super::function::GuestFunction;
 use super::{Guest, wait_for};
 use crate::data::{Aligned, BLOCK, Pattern, hex};
 use anyhow::{Context, Result, bail};
 use nix::libc;
 use sha2::{Digest, Sha256};
 use std::fs::{File, OpenOptions};
+use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::PathBuf;
@@ -38,7 +40,16 @@ impl GuestDisk {
         Self::wait_open(name, false)
     }
 
-    /// The same, through the guest's page cache.
+    /// The disk whose controller `function` is, as [`GuestDisk::direct`], once it can be read: where a driver was bound anew, the node of before may
+    /// still be there for a moment, with nothing behind it.
+    pub fn of(function: &GuestFunction) -> Result<Self> {
+        wait_for(&format!("disk of {} that can be read", function.address), Duration::from_secs(60), || {
+            let disk = Self::direct(&function.disk().ok()?).ok()?;
+            disk.read_block(0).is_ok().then_some(disk)
+        })
+    }
+
+    /// As [`GuestDisk::direct`], but through the guest's page cache.
     pub fn cached(name: &str) -> Result<Self> {
         Self::wait_open_with(name, true, 0)
     }
@@ -49,13 +60,14 @@ impl GuestDisk {
 
     fn wait_open_with(name: &str, write: bool, flags: i32) -> Result<Self> {
         let path = PathBuf::from("/dev").join(name);
-        wait_for(&format!("disk {name}"), Duration::from_secs(30), || path.exists().then_some(()))?;
-        let file = OpenOptions::new()
-            .read(true)
-            .write(write)
-            .custom_flags(flags)
-            .open(&path)
-            .with_context(|| format!("cannot open {}", path.display()))?;
+        let open = || OpenOptions::new().read(true).write(write).custom_flags(flags).open(&path);
+        // The node comes a moment before there is something behind it.
+        let is_early = |error: &io::Error| matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENXIO));
+        let opened = wait_for(&format!("disk {name}"), Duration::from_secs(30), || match open() {
+            Err(error) if is_early(&error) => None,
+            opened => Some(opened),
+        })?;
+        let file = opened.with_context(|| format!("cannot open {}", path.display()))?;
         Ok(Self { file, name: name.to_owned() })
     }
 

@@ -13,6 +13,7 @@ pub mod net;
 pub mod nvme;
 pub mod nvme_ioctl;
 pub mod pci;
+pub mod pressure;
 pub mod published;
 pub mod sound;
 pub mod virtio;
@@ -119,6 +120,17 @@ pub fn load_module(name: &str) -> Result<bool> {
     };
     files.split_whitespace().try_for_each(load_file)?;
     Ok(true)
+}
+
+/// The same, but for the module's own file, which is left to the caller: its path.
+pub fn load_needs_of(name: &str) -> Result<String> {
+    let list = fs::read_to_string(MODULE_LIST).with_context(|| format!("cannot read {MODULE_LIST}"))?;
+    let files = list.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+    let mut files: Vec<&str> =
+        files.with_context(|| format!("no module {name}"))?.split_whitespace().collect();
+    let own = files.pop().with_context(|| format!("{name} has no file"))?;
+    files.into_iter().try_for_each(load_file)?;
+    Ok(own.to_owned())
 }
 
 /// Loads one module file; one that is there already is left as it is.

@@ -78,7 +78,8 @@ impl RunningVm {
         let stderr = logs.join(format!("{stem}.vmm.log"));
         let transcript = File::create(logs.join(format!("{stem}.console.log")))?;
         let mut command = spec.command();
-        if !spec.devices.is_empty() {
+        // Also for a guest that gets its devices later.
+        if !spec.devices.is_empty() || spec.dma != Dma::Identity {
             limits::set_entries(spec.dma)?;
         }
         writeln!(File::create(&stderr)?, "$ {command:?}")?;

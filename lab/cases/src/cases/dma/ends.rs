@@ -13,18 +13,18 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-const STEP: Duration = Duration::from_secs(300);
+pub(super) const STEP: Duration = Duration::from_secs(300);
 const NVME_CLASS: u32 = 0x01_0802;
-const PATTERN: Pattern = Pattern(90);
+pub(super) const PATTERN: Pattern = Pattern(90);
 /// Blocks written and checked: 4 MiB.
-const BLOCKS: u64 = (4 << 20) / BLOCK as u64;
+pub(super) const BLOCKS: u64 = (4 << 20) / BLOCK as u64;
 const REBINDS: u32 = 5;
 const KILLS: u32 = 3;
 /// Where an Outboard guest's RAM starts (ARCHITECTURE.md), and how much the guest of the kexec case has.
-const RAM: u64 = 0x4000_0000;
+pub(super) const RAM: u64 = 0x4000_0000;
 const KEXEC_MIB: u64 = 1024;
 /// Exit status of a guest whose kernel panicked.
-const PANICKED: ExitKind = ExitKind::Code(3);
+pub(super) const PANICKED: ExitKind = ExitKind::Code(3);
 
 pub(super) fn cases() -> Vec<Case> {
     let case = |name, about, host: HostHalf, guest: GuestHalf| Case {
@@ -74,7 +74,7 @@ fn old_host(host: &Host) -> Result<Option<String>> {
 }
 
 /// The disk, and its function, with the driver loaded.
-fn disk(guest: &mut Guest) -> Result<(GuestDisk, GuestFunction)> {
+pub(super) fn disk(guest: &mut Guest) -> Result<(GuestDisk, GuestFunction)> {
     guest.need("nvme")?;
     let function = GuestFunction::the(NVME_CLASS)?;
     function.wait_driver("nvme")?;
@@ -145,7 +145,7 @@ fn crash(guest: &mut Guest) -> Result<()> {
 }
 
 /// Copies of the kernel and of the initramfs as disks: whole blocks.
-fn as_disks(host: &Host, spec: &GuestSpec) -> Result<[(PathBuf, usize); 2]> {
+pub(super) fn as_disks(host: &Host, spec: &GuestSpec) -> Result<[(PathBuf, usize); 2]> {
     let copy = |from: &PathBuf, name: &str| -> Result<(PathBuf, usize)> {
         let mut bytes = fs::read(from).with_context(|| format!("cannot read {}", from.display()))?;
         let len = bytes.len();

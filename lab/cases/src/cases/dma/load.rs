@@ -1,26 +1,25 @@
 //! A disk under more load than the host maps at a time, and the recorder.
 
 use crate::case::{Case, Group, GuestHalf, HOST_OF_DMA, HostHalf};
-use crate::data::{Aligned, BLOCK, Pattern};
+use crate::data::{BLOCK, Pattern};
 use crate::guest::Guest;
 use crate::guest::disk::GuestDisk;
 use crate::guest::dma::{Stats, domains};
 use crate::guest::function::GuestFunction;
+use crate::guest::pressure::{self, worker};
 use crate::host::{Assigned, Host, Kernel, Port, outboard};
 use anyhow::{Context, Result, ensure};
 use std::fs;
 use std::io::{Seek, SeekFrom};
-use std::os::unix::fs::FileExt;
 use std::thread;
 use std::time::Duration;
 
 const STEP: Duration = Duration::from_secs(400);
 const NVME_CLASS: u32 = 0x01_0802;
-/// Requests at a time, and bytes of each: twice what the host maps.
+/// Requests at a time, of 1 MiB each: twice what the host maps.
 const THREADS: u64 = 48;
-const PIECE: usize = 1 << 20;
 const ROUNDS: u64 = 4;
-const BLOCKS: u64 = (PIECE / BLOCK) as u64;
+const BLOCKS: u64 = (1 << 20) / BLOCK as u64;
 /// Entries that the recorder takes, so that the record fits the console.
 const RECORDED: u32 = 400;
 
@@ -52,6 +51,7 @@ fn tight_host(host: &Host) -> Result<Option<String>> {
     let failures = vm.note("failures", STEP)?;
     let evicted = vm.note("evicted", STEP)?;
     host.log(format!("{errors} I/O errors, {failures} refused mappings, {evicted} windows evicted"));
+    host.log(format!("without room: {}", vm.note("pressure", STEP)?));
     vm.finish(STEP)?;
     assigned.release()?;
     Ok(None)
@@ -65,7 +65,9 @@ fn tight(guest: &mut Guest) -> Result<()> {
     let disk = GuestDisk::direct("nvme0n1")?;
     let disk = &disk;
     let errors = thread::scope(|scope| {
-        let threads: Vec<_> = (0..THREADS).map(|index| scope.spawn(move || worker(disk, index))).collect();
+        let threads: Vec<_> = (0..THREADS)
+            .map(|index| scope.spawn(move || worker(disk, index, |round| round < ROUNDS)))
+            .collect();
         threads.into_iter().map(|thread| thread.join().expect("no thread panics")).sum::<Result<u64>>()
     })?;
     guest.note("errors", errors);
@@ -76,32 +78,11 @@ fn tight(guest: &mut Guest) -> Result<()> {
     for key in ["unknown", "lost", "host_refused"] {
         ensure!(stats.value(key)? == 0, "{key}:\n{}", stats.text);
     }
-    // With one request at a time all is well.
+    // The same with no room at all at times, and then with one request at a time.
+    pressure::on_disk(guest, &function, "nvme")?;
+    let disk = GuestDisk::of(&function)?;
     disk.write_pattern(Pattern(1), 0, 4 * BLOCKS)?;
     disk.check_pattern(Pattern(1), 0, 4 * BLOCKS)
-}
-
-/// Writes and reads its part of the disk; the number of I/O errors. What was read must be right.
-fn worker(disk: &GuestDisk, index: u64) -> Result<u64> {
-    let (mut buffer, mut errors) = (Aligned::new(PIECE), 0);
-    let first = index * BLOCKS;
-    let at = first * BLOCK as u64;
-    for round in 0..ROUNDS {
-        let pattern = Pattern(round << 32 | index);
-        pattern.blocks(first, buffer.get_mut());
-        if disk.file().write_all_at(buffer.get(), at).is_err() {
-            errors += 1;
-            continue;
-        }
-        buffer.get_mut().fill(0);
-        if disk.file().read_exact_at(buffer.get_mut(), at).is_err() {
-            errors += 1;
-            continue;
-        }
-        let wrong = pattern.first_difference(first, buffer.get());
-        ensure!(wrong.is_none(), "block {wrong:?} holds wrong data in round {round}");
-    }
-    Ok(errors)
 }
 
 fn record_host(host: &Host) -> Result<Option<String>> {

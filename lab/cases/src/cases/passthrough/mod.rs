@@ -5,7 +5,7 @@
 mod abuse;
 mod bench;
 mod errors;
-mod network;
+pub(in crate::cases) mod network;
 mod reboot;
 mod removal;
 mod rtx5090;
@@ -15,19 +15,19 @@ mod storage;
 
 use crate::case::{Case, Group, GuestHalf, HOST_OF_DMA, HostHalf};
 use crate::guest::Guest;
-use crate::host::{Assigned, GuestSpec, Host, Kernel, Port, RunningVm};
+use crate::host::{Assigned, Dma, GuestSpec, Host, Kernel, Port, RunningVm};
 use anyhow::{Context, Result, ensure};
 use std::time::Duration;
 
-const STEP: Duration = Duration::from_secs(240);
+const STEP: Duration = Duration::from_secs(400);
 
 /// PCI classes of what guests get.
-mod class {
-    pub(super) const NVME: u32 = 0x01_0802;
-    pub(super) const AHCI: u32 = 0x01_0601;
-    pub(super) const ETHERNET: u32 = 0x02_0000;
-    pub(super) const XHCI: u32 = 0x0c_0330;
-    pub(super) const HDA: u32 = 0x04_0300;
+pub(in crate::cases) mod class {
+    pub(in crate::cases) const NVME: u32 = 0x01_0802;
+    pub(in crate::cases) const AHCI: u32 = 0x01_0601;
+    pub(in crate::cases) const ETHERNET: u32 = 0x02_0000;
+    pub(in crate::cases) const XHCI: u32 = 0x0c_0330;
+    pub(in crate::cases) const HDA: u32 = 0x04_0300;
 }
 
 pub(super) fn cases() -> Vec<Case> {
@@ -73,6 +73,14 @@ fn one_guest(
     vm.finish(STEP)?;
     assigned.release()?;
     Ok(None)
+}
+
+/// In the tight lane: what the guest says of the time without room.
+fn pressed(host: &Host, vm: &mut RunningVm) -> Result<()> {
+    if Dma::of(host.case()) == Dma::Tight {
+        host.log(format!("without room: {}", vm.note("pressure", STEP)?));
+    }
+    Ok(())
 }
 
 /// A note that is a number above 0.

@@ -1,11 +1,12 @@
 //! A network between emulated host and guest, over a network card that the guest has.
 
-use super::{STEP, case, class, load, one_guest, positive};
+use super::{STEP, case, class, load, one_guest, positive, pressed};
 use crate::case::Case;
 use crate::data::Pattern;
 use crate::guest::function::GuestFunction;
+use crate::guest::pressure::{self, Hog};
 use crate::guest::{Guest, busybox, net, wait_for};
-use crate::host::{Host, Port, RunningVm, web_server};
+use crate::host::{Dma, Host, Port, RunningVm, web_server};
 use anyhow::{Context, Result, ensure};
 use std::fs;
 use std::net::Ipv4Addr;
@@ -13,6 +14,7 @@ use std::time::{Duration, Instant};
 
 /// Bytes each way.
 const LARGE: u64 = 64 << 20;
+const TIGHT: u64 = 8 << 20;
 /// The wire has two ends.
 const HOST: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
 const GUEST: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
@@ -30,12 +32,15 @@ pub(super) fn cases() -> Vec<Case> {
 }
 
 fn host(host: &Host) -> Result<Option<String>> {
+    // Without room half of the time it takes long.
+    let len = if Dma::of(host.case()) == Dma::Tight { TIGHT } else { LARGE };
     one_guest(
         host,
         &[Port::Network],
-        |spec| spec.arg("len", LARGE),
+        |spec| spec.arg("len", len),
         |vm| {
-            both_ways(host, vm, LARGE)?;
+            both_ways(host, vm, len)?;
+            pressed(host, vm)?;
             positive(vm, "interrupts").map(drop)
         },
     )
@@ -43,7 +48,7 @@ fn host(host: &Host) -> Result<Option<String>> {
 
 /// The emulated host's end of the wire, with an address. It is up only while the other end is: what is sent to a card that is not set up stays
 /// in the wire and blocks the sender.
-pub(super) struct Wire {
+pub(in crate::cases) struct Wire {
     card: String,
 }
 
@@ -83,7 +88,7 @@ impl Drop for Wire {
 }
 
 /// Waits for the guest's checksum of `len` bytes from here, and fetches as many from there.
-pub(super) fn both_ways(host: &Host, vm: &mut RunningVm, len: u64) -> Result<()> {
+pub(in crate::cases) fn both_ways(host: &Host, vm: &mut RunningVm, len: u64) -> Result<()> {
     vm.note("card", STEP)?;
     let wire = Wire::up(host)?;
     vm.type_text(&format!("{}\n", web_server(HOST, 0)?.port()))?;
@@ -108,15 +113,18 @@ fn guest(guest: &mut Guest) -> Result<()> {
 }
 
 /// The guest's part of [`both_ways`].
-pub(super) fn guest_end(guest: &Guest, function: &GuestFunction) -> Result<()> {
+pub(in crate::cases) fn guest_end(guest: &Guest, function: &GuestFunction) -> Result<()> {
     let card = up(function)?;
+    // In the tight lane: TCP repeats what the card could not take; all of it arrives, and right.
+    let hog = pressure::wanted(guest)?.then(|| Hog::start(function, pressure::ROOM_FOR_TCP)).transpose()?;
     let len = guest.number("len")?;
     guest.note("card", card);
     let port = guest.read_line()?.parse().context("the host half sent no port")?;
     guest.note("downloaded", net::download(&HOST.to_string(), port, DOWN.0, len)?);
     web_server(Ipv4Addr::UNSPECIFIED, GUEST_PORT)?;
     guest.note("serving", true);
-    guest.read_line().map(drop)
+    guest.read_line()?;
+    hog.map_or(Ok(()), |hog| hog.end(guest, 0))
 }
 
 /// Brings the card up; its name.

@@ -1,9 +1,10 @@
 //! A sound controller that fetches what is to be played by itself.
 
-use super::{case, class, load, one_guest, positive};
+use super::{case, class, load, one_guest, positive, pressed};
 use crate::case::Case;
 use crate::guest::Guest;
 use crate::guest::function::GuestFunction;
+use crate::guest::pressure::{self, Hog};
 use crate::guest::sound::{Playback, RATE};
 use crate::host::{Host, Port};
 use anyhow::{Result, ensure};
@@ -25,6 +26,7 @@ fn host(host: &Host) -> Result<Option<String>> {
         &[Port::Sound],
         |spec| spec,
         |vm| {
+            pressed(host, vm)?;
             positive(vm, "frames")?;
             positive(vm, "interrupts").map(drop)
         },
@@ -35,6 +37,13 @@ fn guest(guest: &mut Guest) -> Result<()> {
     load(guest, &MODULES)?;
     let function = GuestFunction::the(class::HDA)?;
     function.wait_driver("snd_hda_intel")?;
+    if pressure::wanted(guest)? {
+        let hog = Hog::start(&function, pressure::ROOM)?;
+        // It may find no memory, and says so.
+        let errors = (0..3).filter(|_| exercise(&function).is_err()).count();
+        hog.end(guest, errors as u64)?;
+        pressure::rebind(&function, "snd_hda_intel")?;
+    }
     let (frames, interrupts) = exercise(&function)?;
     guest.note("frames", frames);
     guest.note("interrupts", interrupts);

@@ -1,11 +1,12 @@
 //! Disks: NVMe with several queues, SATA, a USB stick.
 
-use super::{STEP, case, class, guest_with, load, one_guest, positive};
+use super::{STEP, case, class, guest_with, load, one_guest, positive, pressed};
 use crate::case::Case;
 use crate::data::{BLOCK, Pattern};
 use crate::guest::Guest;
 use crate::guest::disk::{GuestDisk, drop_caches};
 use crate::guest::function::GuestFunction;
+use crate::guest::pressure;
 use crate::host::{Assigned, Host, Port, RunningVm};
 use anyhow::{Context, Result, bail, ensure};
 use nix::sched::{CpuSet, sched_setaffinity};
@@ -129,6 +130,7 @@ fn disk_host(host: &Host, port: Port) -> Result<Option<String>> {
         &[port],
         |spec| spec,
         |vm| {
+            pressed(host, vm)?;
             check_sum(vm)?;
             positive(vm, "interrupts").map(drop)
         },
@@ -139,6 +141,7 @@ fn disk_guest(guest: &mut Guest, driver: &str, class: u32, modules: &[&str]) -> 
     load(guest, modules)?;
     let function = GuestFunction::the(class)?;
     function.wait_driver(driver)?;
+    pressure::on_disk(guest, &function, driver)?;
     guest.note("sha256", exercise_disk(&function)?);
     guest.note("interrupts", function.interrupt_count()?);
     Ok(())
