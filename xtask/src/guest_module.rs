@@ -46,6 +46,14 @@ pub fn build(paths: &Paths, images: &[(String, String)]) -> Result<BTreeMap<Stri
     Ok(built)
 }
 
+/// Builds the modules for a kernel that somebody built in `folder`. `name` is the lab's for it.
+pub fn build_for(paths: &Paths, name: &str, folder: &Path) -> Result<Built> {
+    setup::ensure(paths, &[&CROSS_COMPILER, &MAKE, &PAHOLE], false)?;
+    let object = core_object::build(paths)?;
+    let headers = Headers { build: folder.to_owned(), variables: Vec::new() };
+    build_one(paths, name, &headers, &object, &sources(paths)?)
+}
+
 /// All files of the C half, relative to the clone.
 fn sources(paths: &Paths) -> Result<Vec<PathBuf>> {
     let folder = paths.root.join("guest/module");
@@ -79,6 +87,9 @@ fn build_one(
     let done = folder.join("built");
     let mut inputs: Vec<&Path> = sources.iter().map(PathBuf::as_path).collect();
     inputs.push(object);
+    // A kernel that somebody builds again keeps its folder.
+    let kernel = [".config", "Module.symvers"].map(|name| headers.build.join(name));
+    inputs.extend(kernel.iter().map(PathBuf::as_path));
     let inputs = format!("{}{}", stamp::sum(&inputs)?, headers.build.display());
     stamp::once(paths, &format!("module-{name}"), &inputs, &[&done], || {
         if folder.exists() {

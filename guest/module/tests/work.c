@@ -22,7 +22,7 @@ void stress_map(struct worker *worker, phys_addr_t phys, u32 len)
 	if (worker->count == worker->most)
 		return;
 	bus = dma_map_page_attrs(worker->dev, pfn_to_page(PHYS_PFN(phys)), offset_in_page(phys), len,
-				 DMA_BIDIRECTIONAL, DMA_ATTR_NO_WARN);
+				 worker->direction, DMA_ATTR_NO_WARN);
 	if (dma_mapping_error(worker->dev, bus)) {
 		worker->failed++;
 		return;
@@ -38,7 +38,7 @@ void stress_unmap(struct worker *worker, u32 index)
 {
 	struct mapping *gone = &worker->live[index];
 
-	dma_unmap_page_attrs(worker->dev, gone->bus, gone->len, DMA_BIDIRECTIONAL, 0);
+	dma_unmap_page_attrs(worker->dev, gone->bus, gone->len, worker->direction, 0);
 	*gone = worker->live[--worker->count];
 }
 
@@ -80,7 +80,7 @@ void stress_map_list(struct worker *worker, struct list *list)
 		at = stress_random(worker, 4) ? at + 1 : stress_random(worker, pages);
 		sg_set_page(sg, pfn_to_page(pfn + at % pages), PAGE_SIZE, 0);
 	}
-	segments = dma_map_sg_attrs(worker->dev, list->table.sgl, nents, DMA_BIDIRECTIONAL,
+	segments = dma_map_sg_attrs(worker->dev, list->table.sgl, nents, worker->direction,
 				    DMA_ATTR_NO_WARN);
 	if (!segments) {
 		worker->lists_failed++;
@@ -95,7 +95,7 @@ void stress_map_list(struct worker *worker, struct list *list)
 
 void stress_unmap_list(struct worker *worker, struct list *list)
 {
-	dma_unmap_sg_attrs(worker->dev, list->table.sgl, list->nents, DMA_BIDIRECTIONAL, 0);
+	dma_unmap_sg_attrs(worker->dev, list->table.sgl, list->nents, worker->direction, 0);
 	list->nents = 0;
 }
 

@@ -8,7 +8,7 @@ use crate::paths::Paths;
 use crate::stamp;
 use anyhow::{Context, Result, bail};
 use cpio::newc::{self, ModeFileType};
-use lab_cases::host::{CASE_MODULES, INITRD_DEVICES, INITRD_DMA, Kernel, MODULES};
+use lab_cases::host::{CASE_MODULES, INITRD_DEVICES, INITRD_DMA, Kernel, MODULES, OWN_KERNEL};
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;
@@ -82,15 +82,17 @@ pub struct HostImages {
 
 /// What some cases need and others do not.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Extras {
+pub struct Extras<'a> {
     /// The distribution's QEMU.
     pub peer: bool,
     /// The guest's kernel module, in initramfs images of its own.
     pub dma_module: bool,
+    /// Where the kernel was built that guests get instead of Linux 6.12.
+    pub own_kernel: Option<&'a Path>,
 }
 
 /// Makes the emulated host's images and fills the share. `programs` is the folder with the arm64 programs.
-pub fn prepare(paths: &Paths, packages: &Packages, programs: &Path, extras: Extras) -> Result<()> {
+pub fn prepare(paths: &Paths, packages: &Packages, programs: &Path, extras: Extras<'_>) -> Result<()> {
     let agent = programs.join("lab-agent");
     let busybox = packages.busybox();
     let sums = stamp::sum(&[&agent, &busybox])?;
@@ -137,6 +139,7 @@ pub fn prepare(paths: &Paths, packages: &Packages, programs: &Path, extras: Extr
             devices_initramfs(paths, packages.kernel(kernel), &[&agent, &busybox], &built.files, &initrd)?;
         }
     }
+    own_kernel(paths, extras.own_kernel, &[&agent, &busybox])?;
     super::formats::prepare(paths, &paths.share().join("kernels/6.12-cloud/Image"))?;
     // A disk that nobody can open for writing: the share is read-only.
     stamp::write_whole(&paths.share().join("kernels/6.12/frozen.raw"), &[0; 4096])?;
@@ -185,6 +188,23 @@ pub fn dkms_modules(
     WITH_MODULE.iter().map(build).collect()
 }
 
+/// Puts the kernel that was built in `folder` into the share, with an initramfs of each kind; without one, takes the last one out.
+fn own_kernel(paths: &Paths, folder: Option<&Path>, programs: &[&Path; 2]) -> Result<()> {
+    let place = paths.share().join("kernels").join(OWN_KERNEL);
+    if place.exists() {
+        fs::remove_dir_all(&place)?;
+    }
+    let Some(folder) = folder else { return Ok(()) };
+    let folder = fs::canonicalize(folder).with_context(|| format!("there is no {}", folder.display()))?;
+    let built = guest_module::build_for(paths, OWN_KERNEL, &folder)?;
+    let archive = initramfs(programs[0], programs[1], &mut Modules::scan(&folder)?, &GUEST_MODULES)?;
+    stamp::write_whole(&place.join("initrd.cpio"), &archive.finish()?)?;
+    devices_initramfs(paths, &folder, programs, &[], &place.join(INITRD_DEVICES))?;
+    devices_initramfs(paths, &folder, programs, &built.files, &place.join(INITRD_DMA))?;
+    // Last: the host halves go by it.
+    flat_image(&folder.join("arch/arm64/boot/Image"), &place.join("Image"))
+}
+
 fn kernel_file(root: &Path) -> Result<PathBuf> {
     let files = fs::read_dir(root.join("boot")).context("a kernel package has a folder boot")?;
     let mut files = files.flatten().map(|entry| entry.path());
@@ -195,7 +215,7 @@ fn kernel_file(root: &Path) -> Result<PathBuf> {
 
 /// Debian's arm64 kernels are flat images; if one comes compressed, it is unpacked.
 fn flat_image(from: &Path, to: &Path) -> Result<()> {
-    let mut bytes = fs::read(from)?;
+    let mut bytes = fs::read(from).with_context(|| format!("cannot read {}", from.display()))?;
     if bytes.starts_with(&[0x1F, 0x8B]) {
         let output = Command::new("gzip").arg("-dc").arg(from).output().context("cannot start gzip")?;
         bytes = output.stdout;

@@ -29,7 +29,7 @@ use lab_cases::Group;
 use lab_cases::host::Kernel;
 use lab_cases::protocol::{Command, Event, Outcome, Vmm};
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// The release whose suites the lab uses on every machine: kernels 6.1 and 6.12 both live there.
@@ -58,6 +58,9 @@ pub struct Options {
     /// Let the distribution's QEMU run the guests instead of Outboard, to compare
     #[arg(long)]
     peer: bool,
+    /// Guests of Linux 6.12 boot the kernel that was built in this folder instead, with its modules: one that checks itself, for instance
+    #[arg(long, value_name = "DIR")]
+    guest_kernel: Option<PathBuf>,
 }
 
 /// Runs it. Whether everything succeeded.
@@ -74,7 +77,8 @@ pub fn run(paths: &Paths, options: &Options) -> Result<bool> {
     let vmm = if options.peer { Vmm::Qemu } else { Vmm::Outboard };
     let mut progress = Progress::new();
     let mut report = Report::default();
-    let result = prepare_and_run(paths, &names, vmm, &mut progress, &mut report);
+    let result =
+        prepare_and_run(paths, &names, vmm, options.guest_kernel.as_deref(), &mut progress, &mut report);
     let failed_in = progress.current().map(str::to_owned);
     progress.clear();
     report.phases = progress.take();
@@ -116,7 +120,7 @@ fn chosen(options: &Options) -> Result<Vec<String>> {
 /// Runs all cases and returns how many ended how. Those that ran count even when the lab breaks down in the middle.
 pub fn run_all_cases(paths: &Paths) -> Counts {
     let (mut progress, mut report) = (Progress::new(), Report::default());
-    let result = prepare_and_run(paths, &test_cases(), Vmm::Outboard, &mut progress, &mut report);
+    let result = prepare_and_run(paths, &test_cases(), Vmm::Outboard, None, &mut progress, &mut report);
     progress.clear();
     let mut counts = report.counts();
     if let Err(error) = result {
@@ -140,7 +144,7 @@ pub struct Sample {
 pub fn samples(paths: &Paths, case: &str) -> Result<Vec<Sample>> {
     let (mut progress, mut report) = (Progress::new(), Report::default());
     let names = [case.to_owned()];
-    let result = prepare_and_run(paths, &names, Vmm::Outboard, &mut progress, &mut report);
+    let result = prepare_and_run(paths, &names, Vmm::Outboard, None, &mut progress, &mut report);
     progress.clear();
     result.with_context(|| format!("the logs are kept in {}", paths.logs().display()))?;
     if let Some(CaseResult { outcome: Outcome::Failed(reason), .. }) = report.cases.pop() {
@@ -152,7 +156,7 @@ pub fn samples(paths: &Paths, case: &str) -> Result<Vec<Sample>> {
 /// Runs a case by itself and returns the facts that it found.
 pub fn facts(paths: &Paths, case: &str) -> Result<BTreeMap<String, serde_json::Value>> {
     let (mut progress, mut report) = (Progress::new(), Report::default());
-    let result = prepare_and_run(paths, &[case.to_owned()], Vmm::Outboard, &mut progress, &mut report);
+    let result = prepare_and_run(paths, &[case.to_owned()], Vmm::Outboard, None, &mut progress, &mut report);
     progress.clear();
     result.with_context(|| format!("the logs are kept in {}", paths.logs().display()))?;
     if let Some(CaseResult { outcome: Outcome::Failed(reason), .. }) = report.cases.pop() {
@@ -174,10 +178,11 @@ fn prepare_and_run(
     paths: &Paths,
     names: &[String],
     vmm: Vmm,
+    own_kernel: Option<&Path>,
     progress: &mut Progress,
     report: &mut Report,
 ) -> Result<()> {
-    let extras = Extras { peer: needs_peer(names, vmm), dma_module: needs_dma_module(names) };
+    let extras = Extras { peer: needs_peer(names, vmm), dma_module: needs_dma_module(names), own_kernel };
     prepare(paths, extras, progress)?;
     for kernel in images::HOST_KERNELS {
         let mut names = names.iter().filter(|name| host_kernel(name) == Some(kernel)).peekable();
@@ -202,7 +207,7 @@ fn host_kernel(case: &str) -> Option<Kernel> {
 }
 
 /// Prepares everything, with `extras`.
-fn prepare(paths: &Paths, extras: Extras, progress: &mut Progress) -> Result<()> {
+fn prepare(paths: &Paths, extras: Extras<'_>, progress: &mut Progress) -> Result<()> {
     progress.begin("prepare the machine");
     setup::ensure(paths, &setup::LAB, false)?;
     progress.begin("prepare Debian packages");

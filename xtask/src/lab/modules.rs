@@ -23,10 +23,11 @@ pub struct Modules {
 }
 
 impl Modules {
-    /// Those under `root/lib/modules`.
+    /// Those under `root/lib/modules`; where there is no such folder, `root` is where the kernel was built.
     pub fn scan(root: &Path) -> Result<Self> {
         let mut files = HashMap::new();
-        let mut folders = vec![root.join("lib/modules")];
+        let installed = root.join("lib/modules");
+        let mut folders = vec![if installed.is_dir() { installed } else { root.to_owned() }];
         while let Some(folder) = folders.pop() {
             for entry in fs::read_dir(&folder).with_context(|| format!("cannot read {}", folder.display()))? {
                 let entry = entry?;

@@ -1,6 +1,6 @@
 //! The module `outboard_dma` in guests whose devices are under a Mac's limits.
 
-use super::Guest;
+use super::{Guest, kernel_log};
 use crate::host::Dma;
 use anyhow::{Context, Result, ensure};
 use nix::mount::{MsFlags, mount};
@@ -8,7 +8,8 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-const DEBUGFS: &str = "/sys/kernel/debug";
+/// Where debugfs is, once the module is loaded.
+pub const DEBUGFS: &str = "/sys/kernel/debug";
 /// The module.
 pub const MODULE: &str = "outboard_dma";
 /// Argument for guests that load the module later.
@@ -21,6 +22,7 @@ pub fn before(guest: &mut Guest) -> Result<()> {
     }
     let debugfs = mount(Some("debugfs"), DEBUGFS, Some("debugfs"), MsFlags::empty(), None::<&str>);
     debugfs.context("cannot mount debugfs")?;
+    kernel_log::say_more(Path::new(DEBUGFS))?;
     // The host half wants the case to load it itself.
     if guest.arg(LATER).is_ok() { Ok(()) } else { guest.need(MODULE) }
 }
@@ -31,6 +33,7 @@ pub fn after(guest: &mut Guest) -> Result<()> {
     if dma == Dma::Identity || guest.own_dma_check {
         return Ok(());
     }
+    kernel_log::check(Path::new(DEBUGFS))?;
     // Where there is too little room, mappings may fail for want of it, and only for that.
     let never = ["lost", "leaks", "host_refused", "unknown", "masked", "refused"].iter();
     let never: Vec<&str> =

@@ -7,6 +7,7 @@ pub mod dma_device;
 pub mod dma_trace;
 pub mod function;
 pub mod input;
+pub mod kernel_log;
 pub mod kexec;
 mod mmio;
 pub mod net;

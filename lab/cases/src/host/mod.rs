@@ -13,7 +13,7 @@ pub use assigned::{Assigned, AssignedSlot, Dma, SmmuFault, driver_of, outboard, 
 pub use placement::OneCpu;
 pub use ports::{PLUGGABLE, Port};
 pub use serve::{DNS_ANSWER, DNS_NAME, dns_server, web_server};
-pub use spec::{Console, Disk, GuestSpec, INITRD_DEVICES, INITRD_DMA, Kernel};
+pub use spec::{Console, Disk, GuestSpec, INITRD_DEVICES, INITRD_DMA, Kernel, OWN_KERNEL};
 pub use stuck::DEBUGFS;
 pub use vm::{ExitKind, RunningVm};
 

@@ -11,6 +11,10 @@ pub const INITRD_DEVICES: &str = "initrd-devices.cpio";
 /// The same with our kernel module, for the kernels that it is built for.
 pub const INITRD_DMA: &str = "initrd-dma.cpio";
 
+/// Folder, among those of the kernels, of one that somebody built: it takes the place of [`Kernel::V6_12`] in guests
+/// (`cargo xtask lab --guest-kernel`).
+pub const OWN_KERNEL: &str = "own";
+
 /// A kernel of the distribution.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kernel {
@@ -38,14 +42,24 @@ impl Kernel {
         }
     }
 
+    /// Its folder in the share, or that of the kernel that stands in for it.
+    fn folder(self) -> PathBuf {
+        Path::new(SHARE).join("kernels").join(if self.is_own() { OWN_KERNEL } else { self.name() })
+    }
+
+    /// Whether a kernel that somebody built stands in for it. Such a kernel checks itself, says so, and is slow.
+    pub fn is_own(self) -> bool {
+        self == Self::V6_12 && Path::new(SHARE).join("kernels").join(OWN_KERNEL).join("Image").is_file()
+    }
+
     /// The flat `Image`.
     pub fn image(self) -> PathBuf {
-        Path::new(SHARE).join("kernels").join(self.name()).join("Image")
+        self.folder().join("Image")
     }
 
     /// The initramfs with the agent and this kernel's modules.
     pub fn initrd(self) -> PathBuf {
-        Path::new(SHARE).join("kernels").join(self.name()).join("initrd.cpio")
+        self.folder().join("initrd.cpio")
     }
 }
 
@@ -120,6 +134,7 @@ pub struct GuestSpec {
 
 impl GuestSpec {
     pub(super) fn new(case: &str, vmm: Vmm, kernel: Kernel) -> Self {
+        let loglevel = if kernel.is_own() { "ignore_loglevel" } else { "quiet" };
         Self {
             vmm,
             kernel: kernel.image(),
@@ -129,7 +144,7 @@ impl GuestSpec {
             disks: Vec::new(),
             net: None,
             console: Console::Stdio,
-            append: format!("console=ttyAMA0 panic=-1 quiet lab.case={case}"),
+            append: format!("console=ttyAMA0 panic=-1 {loglevel} lab.case={case}"),
             devices: Vec::new(),
             dma: Dma::of(case),
             extra: Vec::new(),

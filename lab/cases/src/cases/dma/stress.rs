@@ -5,9 +5,10 @@ use crate::case::{Case, Group, HOST_OF_DMA};
 use crate::data::Pattern;
 use crate::guest::Guest;
 use crate::guest::disk::GuestDisk;
-use crate::guest::dma::{MODULE, Stats, domains};
+use crate::guest::dma::{DEBUGFS, MODULE, Stats, domains};
 use crate::guest::dma_trace::{self, Events, check_windows};
 use crate::guest::function::GuestFunction;
+use crate::guest::kernel_log;
 use crate::host::{Assigned, Dma, Host, Kernel, Port};
 use anyhow::{Context, Result, bail, ensure};
 use std::collections::BTreeMap;
@@ -80,11 +81,16 @@ fn guest(guest: &mut Guest) -> Result<()> {
     traced(guest, &function, "clusters 1000")?;
     traced(guest, &function, "mixed 3")?;
     refuses_to_go(guest)?;
+    kernel_log::check(Path::new(DEBUGFS))?;
     leaks(guest, &function)?;
     guest.unload(STRESS)?;
     guest.unload(MODULE)?;
     guest.need(MODULE)?;
     works_again(guest, &function)?;
+    // A kernel with DMA_API_DEBUG says of the forgotten mappings what our module says.
+    let mut faults = kernel_log::faults()?;
+    faults.retain(|fault| !fault.contains("dma_debug_device_change"));
+    ensure!(faults.is_empty(), "the kernel found faults: {faults:?}");
     guest.note("stress", "end");
     Ok(())
 }
