@@ -2,6 +2,7 @@
 /* Quirks of drivers that meet a Mac from inside a virtual machine: arming them, and what modules that come and go mean to them. */
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
+#include <linux/completion.h>
 #include <linux/kernel.h>
 #include <linux/module.h>
 #include <linux/moduleparam.h>
@@ -15,6 +16,8 @@ static struct outboard_quirk *const quirks[] = { &outboard_quirk_uvm, &outboard_
 /* Everything about the quirks but what runs in their probes. */
 static DEFINE_MUTEX(quirks_mutex);
 static bool armed;
+/* All are armed. Not the mutex: modules come with the list of notifiers locked, which joining that list needs too. */
+static DECLARE_COMPLETION(started);
 
 void outboard_quirk_say(struct outboard_quirk *quirk, const char *format, ...)
 {
@@ -48,6 +51,7 @@ static int on_module(struct notifier_block *block, unsigned long event, void *da
 
 	if (data == THIS_MODULE)
 		return NOTIFY_DONE;
+	wait_for_completion(&started);
 	mutex_lock(&quirks_mutex);
 	for (i = 0; armed && i < ARRAY_SIZE(quirks); i++) {
 		struct outboard_quirk *quirk = quirks[i];
@@ -67,16 +71,18 @@ static struct notifier_block notifier = { .notifier_call = on_module, .priority 
 int outboard_quirks_init(void)
 {
 	size_t i;
-	int error;
-
 	/* First: a module that comes from now on waits until all are armed. */
+	int error = register_module_notifier(&notifier);
+
+	if (error)
+		return error;
 	mutex_lock(&quirks_mutex);
-	error = register_module_notifier(&notifier);
-	for (i = 0; !error && i < ARRAY_SIZE(quirks); i++)
+	for (i = 0; i < ARRAY_SIZE(quirks); i++)
 		quirks[i]->start(quirks[i]);
-	armed = !error;
+	armed = true;
 	mutex_unlock(&quirks_mutex);
-	return error;
+	complete_all(&started);
+	return 0;
 }
 
 void outboard_quirks_exit(void)
