@@ -88,7 +88,7 @@ fn guest(guest: &mut Guest) -> Result<()> {
     guest.need(MODULE)?;
     works_again(guest, &function)?;
     // A kernel with DMA_API_DEBUG says of the forgotten mappings what our module says.
-    let mut faults = kernel_log::faults()?;
+    let mut faults = kernel_log::faults(Path::new(DEBUGFS))?;
     faults.retain(|fault| !fault.contains("dma_debug_device_change"));
     ensure!(faults.is_empty(), "the kernel found faults: {faults:?}");
     guest.note("stress", "end");
