@@ -8,28 +8,60 @@
 
 #include "trace.h"
 
-#define QUEUE(reg) (ODMA_QUEUE_FIRST + (reg))
+#define QUEUE(queue, reg) (ODMA_QUEUE_FIRST + (queue) * ODMA_QUEUE_STRIDE + (reg))
+#define QUEUE_BYTES (ODMA_MAX_BATCH * ODMA_ENTRY_BYTES)
 
 DEFINE_MUTEX(odma_mutex);
 LIST_HEAD(odma_domains);
 
-/* What the core calls, under the domain's lock. */
+/* What the core calls. */
 
-static void ring(void *context, u32 count)
+static void ring(void *context, u32 queue, u32 count)
 {
 	struct odma_domain *domain = context;
 
 	trace_odma_ring(&domain->pdev->dev, count);
 	/* writel orders the entries before the doorbell. The store traps: behind it the answers are there. */
-	writel(count, domain->regs + QUEUE(ODMA_QUEUE_DOORBELL));
+	writel(count, domain->regs + QUEUE(queue, ODMA_QUEUE_DOORBELL));
 	mb();
 }
 
-static u32 status(void *context)
+static u32 status(void *context, u32 queue)
 {
 	struct odma_domain *domain = context;
 
-	return readl(domain->regs + QUEUE(ODMA_QUEUE_STATUS));
+	return readl(domain->regs + QUEUE(queue, ODMA_QUEUE_STATUS));
+}
+
+static void lock(void *context)
+{
+	struct odma_domain *domain = context;
+
+	raw_spin_lock(&domain->lock);
+}
+
+static void unlock(void *context)
+{
+	struct odma_domain *domain = context;
+
+	raw_spin_unlock(&domain->lock);
+}
+
+/* Takes this CPU's queue for a call. Interrupts are off until it is given back. */
+u32 odma_queue_take(struct odma_domain *domain, unsigned long *flags)
+{
+	u32 queue;
+
+	local_irq_save(*flags);
+	queue = raw_smp_processor_id() % domain->queue_count;
+	raw_spin_lock(&domain->queue_locks[queue]);
+	return queue;
+}
+
+void odma_queue_give(struct odma_domain *domain, u32 queue, unsigned long flags)
+{
+	raw_spin_unlock(&domain->queue_locks[queue]);
+	local_irq_restore(flags);
 }
 
 /* Guest RAM, in at most ODMA_RAM_RANGES pieces. */
@@ -101,10 +133,13 @@ static int make_core(struct odma_domain *domain)
 		.limit_bytes = domain->limit_bytes,
 		.limit_entries = domain->limit_entries,
 		.lines = ODMA_MAX_BATCH,
-		.queue = domain->queue,
+		.queues = domain->queue_count,
+		.queue = domain->queues,
 		.context = domain,
 		.ring = ring,
 		.status = status,
+		.lock = lock,
+		.unlock = unlock,
 	};
 	int error = find_ram(&config);
 	u64 bytes;
@@ -188,6 +223,7 @@ static int check(struct odma_domain *domain)
 int odma_start(struct odma_domain *domain)
 {
 	int error = check(domain);
+	u32 queue;
 
 	if (error)
 		return error;
@@ -197,7 +233,8 @@ int odma_start(struct odma_domain *domain)
 	error = make_core(domain);
 	if (error)
 		return error;
-	writeq(virt_to_phys(domain->queue), domain->regs + QUEUE(ODMA_QUEUE_BASE));
+	for (queue = 0; queue < domain->queue_count; queue++)
+		writeq(virt_to_phys(domain->queues[queue]), domain->regs + QUEUE(queue, ODMA_QUEUE_BASE));
 	writel(ODMA_CONTROL_ENABLE, domain->regs + ODMA_CONTROL);
 	if (readl(domain->regs + ODMA_STATE) == ODMA_STATE_GONE)
 		return -ENXIO;
@@ -209,29 +246,47 @@ int odma_start(struct odma_domain *domain)
 	return 0;
 }
 
-/* Gives all idle windows back. A batch at a time, so that nobody waits long for the lock. */
+/* Gives all idle windows back, some at a time: interrupts are off while the host takes them down. */
 void odma_trim(struct odma_domain *domain)
 {
 	unsigned long flags;
 	int more;
 
 	do {
-		raw_spin_lock_irqsave(&domain->lock, flags);
-		more = odma_core_trim(domain->core);
-		raw_spin_unlock_irqrestore(&domain->lock, flags);
+		u32 queue = odma_queue_take(domain, &flags);
+
+		more = odma_core_trim(domain->core, queue);
+		odma_queue_give(domain, queue, flags);
 		cond_resched();
 	} while (more);
 }
 
 static void free_domain(struct odma_domain *domain)
 {
+	u32 queue;
+
 	vfree(domain->core_memory);
-	if (domain->queue)
-		free_pages_exact(domain->queue, ODMA_MAX_BATCH * ODMA_ENTRY_BYTES);
+	for (queue = 0; queue < domain->queue_count && domain->queues[queue]; queue++)
+		free_pages_exact(domain->queues[queue], QUEUE_BYTES);
 	if (domain->regs)
 		pci_iounmap(domain->pdev, domain->regs);
 	odma_record_free(domain);
 	kfree(domain);
+}
+
+/* One for each CPU, as far as the device has them. */
+static int make_queues(struct odma_domain *domain)
+{
+	u32 queue, most = min_t(u32, nr_cpu_ids, ODMA_MAX_QUEUES);
+
+	domain->queue_count = clamp(readl(domain->regs + ODMA_QUEUES), 1u, most);
+	for (queue = 0; queue < domain->queue_count; queue++) {
+		raw_spin_lock_init(&domain->queue_locks[queue]);
+		domain->queues[queue] = alloc_pages_exact(QUEUE_BYTES, GFP_KERNEL | __GFP_ZERO);
+		if (!domain->queues[queue])
+			return -ENOMEM;
+	}
+	return 0;
 }
 
 static struct odma_domain *new_domain(struct pci_dev *pdev)
@@ -244,9 +299,8 @@ static struct odma_domain *new_domain(struct pci_dev *pdev)
 	raw_spin_lock_init(&domain->lock);
 	INIT_LIST_HEAD(&domain->clients);
 	INIT_DELAYED_WORK(&domain->tidy, odma_tidy);
-	domain->queue = alloc_pages_exact(ODMA_MAX_BATCH * ODMA_ENTRY_BYTES, GFP_KERNEL | __GFP_ZERO);
 	domain->regs = pci_iomap(pdev, 0, ODMA_BAR_BYTES);
-	if (!domain->queue || !domain->regs) {
+	if (!domain->regs || make_queues(domain)) {
 		free_domain(domain);
 		return NULL;
 	}

@@ -31,11 +31,13 @@ struct odma_core_config {
 	u32 lines;
 	struct odma_range ram[ODMA_RAM_RANGES];
 	u32 ram_count;
-	u32 reserved;
-	u8 *queue;
+	u32 queues;
+	u8 *const *queue;
 	void *context;
-	void (*ring)(void *context, u32 count);
-	u32 (*status)(void *context);
+	void (*ring)(void *context, u32 queue, u32 count);
+	u32 (*status)(void *context, u32 queue);
+	void (*lock)(void *context);
+	void (*unlock)(void *context);
 };
 
 struct odma_list {
@@ -87,10 +89,12 @@ int odma_core_hopeless(const struct odma_core *core, u64 start, u64 len);
 int odma_core_release(const struct odma_core *core, u64 bus, u64 len);
 u64 odma_core_next_window(const struct odma_core *core, u64 from, struct odma_window *window);
 
-/* With the domain's lock. */
-int odma_core_map(const struct odma_core *core, u64 start, u64 len, u64 *bus);
-int odma_core_map_list(const struct odma_core *core, struct odma_list *list);
-int odma_core_trim(const struct odma_core *core);
+/* With a queue of one's own, and interrupts off. */
+int odma_core_map(const struct odma_core *core, u32 queue, u64 start, u64 len, u64 *bus);
+int odma_core_map_list(const struct odma_core *core, u32 queue, struct odma_list *list);
+int odma_core_trim(const struct odma_core *core, u32 queue);
+
+/* Interrupts are off. */
 void odma_core_stats(const struct odma_core *core, struct odma_core_stats *stats);
 
 #endif

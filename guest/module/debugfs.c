@@ -34,9 +34,9 @@ static int stats_show(struct seq_file *file, void *unused)
 
 	/* Keeps the core: it is made anew under this lock. */
 	mutex_lock(&odma_mutex);
-	raw_spin_lock_irqsave(&domain->lock, flags);
+	local_irq_save(flags);
 	odma_core_stats(domain->core, &stats);
-	raw_spin_unlock_irqrestore(&domain->lock, flags);
+	local_irq_restore(flags);
 	list_for_each_entry(client, &domain->clients, list) {
 		struct odma_counts sum;
 

@@ -47,8 +47,10 @@ struct odma_domain {
 	const struct odma_core *core;
 	u8 *core_memory;
 	u64 core_bytes;
-	void *queue;
-	raw_spinlock_t lock;		/* around the core's slow half and the queue; raw: taken in any context */
+	raw_spinlock_t lock;		/* around what the core's calls share, shortly; raw: taken in any context */
+	u32 queue_count;
+	u8 *queues[ODMA_MAX_QUEUES];	/* their entries */
+	raw_spinlock_t queue_locks[ODMA_MAX_QUEUES];	/* for a call's time; CPUs share a queue only where there are fewer */
 	struct odma_record *record;
 	struct dentry *debugfs;
 	struct list_head list;		/* of all, under odma_mutex */
@@ -84,6 +86,8 @@ static inline struct odma_client *odma_client_of(struct device *dev)
 /* companion.c */
 int odma_companion_init(void);
 void odma_companion_exit(void);
+u32 odma_queue_take(struct odma_domain *domain, unsigned long *flags);
+void odma_queue_give(struct odma_domain *domain, u32 queue, unsigned long flags);
 void odma_trim(struct odma_domain *domain);
 int odma_start(struct odma_domain *domain);
 bool odma_running(struct odma_domain *domain);

@@ -81,13 +81,14 @@ static int map_miss(struct odma_client *client, phys_addr_t phys, size_t size, u
 
 	do {
 		unsigned long flags;
+		u32 queue;
 
 		failure = odma_core_hopeless(domain->core, phys, size);
 		if (failure)
 			break;
-		raw_spin_lock_irqsave(&domain->lock, flags);
-		failure = odma_core_map(domain->core, phys, size, bus);
-		raw_spin_unlock_irqrestore(&domain->lock, flags);
+		queue = odma_queue_take(domain, &flags);
+		failure = odma_core_map(domain->core, queue, phys, size, bus);
+		odma_queue_give(domain, queue, flags);
 	} while (failure == ODMA_RETURNING && odma_wait(client, may_sleep, &waits));
 	return failure;
 }

@@ -85,10 +85,10 @@ static int map_all(struct odma_client *client, struct scatterlist *first, int ne
 			.first = first, .at = first, .anchor = first,
 		};
 		unsigned long flags;
+		u32 queue = odma_queue_take(domain, &flags);
 
-		raw_spin_lock_irqsave(&domain->lock, flags);
-		failure = odma_core_map_list(domain->core, &walk.list);
-		raw_spin_unlock_irqrestore(&domain->lock, flags);
+		failure = odma_core_map_list(domain->core, queue, &walk.list);
+		odma_queue_give(domain, queue, flags);
 	} while (failure == ODMA_RETURNING && odma_wait(client, false, &waits));
 	return failure;
 }

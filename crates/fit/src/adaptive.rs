@@ -4,8 +4,8 @@ use std::sync::atomic::{AtomicU32, AtomicU64};
 
 use outboard_dart::MapError;
 use outboard_windows::{
-    Failure, List, Outcome, Planner, Policy, Private, Range, Request, Segment as Entry, Slot, Step, Storage,
-    StorageError, Table,
+    Call, Failure, List, Outcome, Planner, Policy, Private, Range, Request, Segment as Entry, Slot, Step,
+    Storage, StorageError, Table,
 };
 
 use crate::host::{Host, Limits};
@@ -30,6 +30,8 @@ pub struct Memory {
 pub struct Adaptive<'m> {
     table: Table<'m>,
     planner: Planner<'m>,
+    /// One at a time: a trace is one after the other.
+    call: Call<'m>,
     list: Vec<Entry>,
     refusal: Option<MapError>,
 }
@@ -55,15 +57,15 @@ impl<'m> Adaptive<'m> {
             ram_map: fill(&mut memory.ram_map, bounds.ram_map),
             bus_keys: fill(&mut memory.bus_keys, bounds.bus_keys),
             bus_map: fill(&mut memory.bus_map, bounds.bus_map),
-            batch: fill(&mut memory.batch, BATCH),
         };
         let (table, planner) = Planner::create(storage, limits, policy, ram)?;
-        Ok(Self { table, planner, list: Vec::new(), refusal: None })
+        let call = Call::new(0, fill(&mut memory.batch, BATCH))?;
+        Ok(Self { table, planner, call, list: Vec::new(), refusal: None })
     }
 
     fn exchange(&mut self, host: &mut Host) {
         host.round_trips += 1;
-        for line in self.planner.batch() {
+        for line in self.call.batch() {
             if line.unmap {
                 host.unmap(line.handle);
                 line.outcome = Outcome::Done;
@@ -89,10 +91,10 @@ impl Scheme for Adaptive<'_> {
         let mut list = std::mem::take(&mut self.list);
         let mut step = Step::Done;
         if !self.table.hit_list(&mut list) {
-            step = self.planner.begin(&self.table, &mut list);
+            step = self.planner.begin(&self.table, &mut self.call, &mut list);
             while step == Step::Ask {
                 self.exchange(host);
-                step = self.planner.resume(&self.table, &mut list);
+                step = self.planner.resume(&self.table, &mut self.call, &mut list);
             }
         }
         buses.extend((0..list.count()).map(|index| list.bus(index)));
@@ -102,7 +104,7 @@ impl Scheme for Adaptive<'_> {
                 Err(self.refusal.take().map_or(Cause::Windows(Failure::NoSpace), Cause::Dart))
             }
             Step::Failed(failure) => Err(Cause::Windows(failure)),
-            Step::Done | Step::Ask => Ok(()),
+            Step::Done | Step::Ask | Step::Wait => Ok(()),
         }
     }
 

@@ -11,13 +11,13 @@
 //!   covers a request and takes a reference, [`Table::release`] drops one. Both are O(1), safe in any context
 //!   (interrupts off included) and from any number of CPUs.
 //! - [`Planner`] makes and evicts windows. Its methods take `&mut self`: **one lock around it** (a spin lock with
-//!   interrupts off in a kernel), held from [`Planner::begin`] to the end of the call, the host's answers included. Misses
-//!   are therefore served one after the other; hits and releases go on beside them.
+//!   interrupts off in a kernel), held for each of its methods and not while the host is asked. What a miss has under way stands in a
+//!   [`Call`] of its own, so several may be with the host at a time; hits and releases go on beside them.
 //!
 //! ```text
 //! fast path, no lock:  Table::hit_list() ── all entries hit ──► done, no exit
 //!                          │ a miss
-//! slow path, locked:   Planner::begin() ──► Step::Ask ──► caller sends Planner::batch() to the host, notes outcomes
+//! slow path, locked:   Planner::begin() ──► Step::Ask ──► without the lock: Call::batch() goes to the host, outcomes come back
 //!                          ▲                                   │
 //!                          └──────── Planner::resume() ◄───────┘     until Step::Done or Step::Failed
 //! ```
@@ -38,6 +38,7 @@
 )]
 
 mod busmap;
+mod call;
 mod list;
 mod lru;
 mod planner;
@@ -48,8 +49,9 @@ mod storage;
 mod table;
 
 pub use busmap::{CHUNK_BYTES, CHUNK_GRANULES};
+pub use call::{Call, Failure, Outcome, Request, Step};
 pub use list::{List, Merge, MergeRule, Segment, Split, UNRESOLVED};
-pub use planner::{Failure, Outcome, Planner, Request, Stats, Step};
+pub use planner::{Planner, Stats};
 pub use policy::{Limits, Policy};
 pub use slot::{Private, Slot};
 pub use storage::{Bounds, MAX_RAM_RANGES, Storage, StorageError};

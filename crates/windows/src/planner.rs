@@ -5,6 +5,7 @@ mod settle;
 use core::sync::atomic::Ordering;
 
 use crate::busmap::BusMap;
+use crate::call::{Call, Failure, Outcome, Request, Step};
 use crate::list::{List, UNRESOLVED};
 use crate::lru::{AgeList, private};
 use crate::rammap::RamMap;
@@ -25,69 +26,6 @@ const RESERVE_SHIFT: u32 = 3;
 const AHEAD_CREDIT: u64 = 32 << 20;
 const AHEAD_EARNS: u64 = 8;
 const AHEAD_CALL_EARNS: u64 = 1 << 10;
-
-/// One line of a batch for the host. The host works through a batch from the first line to the last, so that what is
-/// unmapped makes room for what is mapped.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Request {
-    /// Guest memory to map or to unmap; whole granules.
-    pub range: Range,
-    /// To unmap: the host's handle. To map: the caller notes here what the host gave.
-    pub handle: u64,
-    /// The caller notes the bus address here; a multiple of [`GRANULE`].
-    pub bus: u64,
-    /// True to unmap, false to map.
-    pub unmap: bool,
-    /// The caller notes the result here.
-    pub outcome: Outcome,
-    window: u32,
-}
-
-/// What became of a [`Request`], the worst last.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
-pub enum Outcome {
-    /// Done; for a mapping, `bus` and `handle` are valid.
-    Done,
-    /// Refused because space that was given back is not free again yet: a smaller one may do, and so may waiting.
-    Returning,
-    /// Refused for want of space or of entries, or because space is in pieces: a smaller one may do.
-    NoSpace,
-    /// Refused for any other reason.
-    Refused,
-    /// Not answered: counts as refused.
-    #[default]
-    Open,
-}
-
-/// What to do next.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[must_use]
-pub enum Step {
-    /// The call is finished; every entry has its bus address.
-    Done,
-    /// Send [`Planner::batch`] to the host, note the outcomes in it, then call [`Planner::resume`].
-    Ask,
-    /// The call failed: no entry is mapped, all that was live before still is, at the same addresses. Only idle windows
-    /// may differ.
-    Failed(Failure),
-}
-
-/// Why a map call failed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Failure {
-    /// An entry is empty, leaves the 64-bit space, or is not (all) RAM.
-    NotRam(Range),
-    /// The byte budget does not have room, even with every idle window given back.
-    Bytes,
-    /// The same for the entry budget.
-    Entries,
-    /// The host found no space although the budgets have room: it is in pieces.
-    NoSpace,
-    /// The host will have space when what was given back is free again: the same call may succeed in some milliseconds.
-    Returning,
-    /// The host refused, or gave an address that cannot be used.
-    Host,
-}
 
 /// Counts since creation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -115,23 +53,20 @@ pub struct Stats {
 /// Makes and evicts windows. One lock around it; see the crate's documentation.
 pub struct Planner<'a> {
     private: &'a mut [Private],
-    batch: &'a mut [Request],
-    lines: usize,
     ages: AgeList,
     free: u32,
+    /// What is mapped, what was asked for included, and what is being unmapped until the host has confirmed it.
     bytes: u64,
     entries: u32,
-    /// First entry of the list under way that may have no address yet, and the first not looked at by the planner.
-    cursor: usize,
-    seen: usize,
-    refused: u32,
-    /// Whether all idle windows must go before the call goes on.
-    clear: bool,
     /// Bytes that may be mapped ahead of need, and bytes that are and have not been used.
     credit: u64,
     ahead: u64,
-    /// What the mappings of the batch under way will pin.
+    /// The sums over all calls of what will be pinned, and of what is being unmapped.
     pending: Use,
+    closing: Use,
+    /// Calls that are with the host, and how many were.
+    away: u32,
+    settled: u64,
     stats: Stats,
 }
 
@@ -139,6 +74,8 @@ pub struct Planner<'a> {
 enum Room {
     Made,
     BatchFull,
+    /// Another call that is with the host has it, or will leave room for it.
+    Busy,
     None(Failure),
 }
 
@@ -153,37 +90,32 @@ impl<'a> Planner<'a> {
         policy: Policy,
         ram: &[Range],
     ) -> Result<(Table<'a>, Planner<'a>), StorageError> {
-        let bounds = Storage::bounds(limits, ram, storage.batch.len())?;
-        storage.check(bounds)?;
+        let slots = storage.check(limits, ram)?;
         let ram = RamMap::new(storage.ram_map, whole_granules(ram)?);
         let bus = BusMap::new(storage.bus_keys, storage.bus_map);
-        for (id, own) in (1u32..).zip(storage.private.iter_mut().take(bounds.slots)) {
-            let last = u64::from(id) == bounds.slots as u64;
+        for (id, own) in (1u32..).zip(storage.private.iter_mut().take(slots)) {
+            let last = u64::from(id) == slots as u64;
             *own = Private { next: if last { 0 } else { id.saturating_add(1) }, ..Private::default() };
         }
         let planner = Planner {
             private: storage.private,
-            batch: storage.batch,
-            lines: 0,
             ages: AgeList::default(),
             free: 1,
             bytes: 0,
             entries: 0,
-            cursor: 0,
-            seen: 0,
-            refused: 0,
-            clear: false,
             credit: AHEAD_CREDIT,
             ahead: 0,
             pending: Use::default(),
+            closing: Use::default(),
+            away: 0,
+            settled: 0,
             stats: Stats::default(),
         };
         Ok((Table::new(storage.slots, ram, bus, limits, policy), planner))
     }
 
-    /// Starts mapping `list`; every bus address in it is overwritten. [`Step::Ask`] needs [`Self::resume`] with the same
-    /// list before any other call.
-    pub fn begin(&mut self, table: &Table<'_>, list: &mut dyn List) -> Step {
+    /// Starts mapping `list`; every bus address in it is overwritten. `call` belongs to it until it is over.
+    pub fn begin(&mut self, table: &Table<'_>, call: &mut Call<'_>, list: &mut dyn List) -> Step {
         self.stats.calls = self.stats.calls.wrapping_add(1);
         table.epoch.fetch_add(1, Ordering::Relaxed);
         // What is there is held first, so that nothing of it is evicted to make room for the rest.
@@ -191,57 +123,53 @@ impl<'a> Planner<'a> {
             let bus = table.hit(list.range(index)).unwrap_or(UNRESOLVED);
             list.set_bus(index, bus);
         }
-        self.cursor = 0;
-        self.seen = 0;
-        self.refused = 0;
-        self.clear = false;
+        call.begin();
         let used = table.ahead_used.swap(0, Ordering::Relaxed);
         let earned = used.saturating_mul(AHEAD_EARNS).saturating_add(AHEAD_CALL_EARNS);
         self.ahead = self.ahead.saturating_sub(used);
         self.credit = self.credit.saturating_add(earned).min(AHEAD_CREDIT);
+        self.again(table, call, list)
+    }
+
+    /// Goes on with a call after [`Step::Wait`].
+    pub fn again(&mut self, table: &Table<'_>, call: &mut Call<'_>, list: &mut dyn List) -> Step {
         self.ages.collect(table, self.private);
-        self.advance(table, list)
+        self.advance(table, call, list)
     }
 
-    /// The lines to send to the host after [`Step::Ask`].
-    pub fn batch(&mut self) -> &mut [Request] {
-        self.batch.get_mut(..self.lines).unwrap_or_default()
-    }
-
-    /// Takes the outcomes noted in [`Self::batch`] and goes on with the call.
-    pub fn resume(&mut self, table: &Table<'_>, list: &mut dyn List) -> Step {
-        match self.settle(table) {
+    /// Takes the outcomes noted in [`Call::batch`] and goes on with the call.
+    pub fn resume(&mut self, table: &Table<'_>, call: &mut Call<'_>, list: &mut dyn List) -> Step {
+        match self.settle(table, call) {
             Outcome::Done => {}
-            Outcome::NoSpace if self.refused.saturating_add(1) < ROUNDS => {
-                self.refused = self.refused.saturating_add(1);
-                self.clear = self.refused.saturating_add(1) == ROUNDS;
+            Outcome::NoSpace if call.refused.saturating_add(1) < ROUNDS => {
+                call.refused = call.refused.saturating_add(1);
+                call.clear = call.refused.saturating_add(1) == ROUNDS;
             }
-            Outcome::NoSpace => return self.fail(table, list, Failure::NoSpace),
+            Outcome::NoSpace => return self.fail(table, call, list, Failure::NoSpace),
             // To give back what is idle would bring no space now.
-            Outcome::Returning if self.refused == 0 => self.refused = 1,
-            Outcome::Returning => return self.fail(table, list, Failure::Returning),
-            Outcome::Refused | Outcome::Open => return self.fail(table, list, Failure::Host),
+            Outcome::Returning if call.refused == 0 => call.refused = 1,
+            Outcome::Returning => return self.fail(table, call, list, Failure::Returning),
+            Outcome::Refused | Outcome::Open => return self.fail(table, call, list, Failure::Host),
         }
-        self.ages.collect(table, self.private);
-        self.advance(table, list)
+        self.again(table, call, list)
     }
 
     /// Puts up to `count` idle windows, oldest first, into a batch to unmap. [`Step::Ask`] needs [`Self::settle_trim`]
     /// after the exchange; [`Step::Done`] says that nothing is idle. With `u32::MAX`, repeated until done, nothing idle
     /// stays mapped: for unbinding a driver.
-    pub fn trim(&mut self, table: &Table<'_>, count: u32) -> Step {
+    pub fn trim(&mut self, table: &Table<'_>, call: &mut Call<'_>, count: u32) -> Step {
         self.ages.collect(table, self.private);
-        for _ in 0..count.min(u32::try_from(self.batch.len()).unwrap_or(u32::MAX)) {
-            if !self.evict_one(table) {
+        for _ in 0..count {
+            if !self.evict_one(table, call) {
                 break;
             }
         }
-        if self.lines == 0 { Step::Done } else { self.ask() }
+        if call.lines() == 0 { Step::Done } else { self.ask() }
     }
 
     /// Takes the outcomes of a batch that [`Self::trim`] made.
-    pub fn settle_trim(&mut self, table: &Table<'_>) {
-        self.settle(table);
+    pub fn settle_trim(&mut self, table: &Table<'_>, call: &mut Call<'_>) {
+        self.settle(table, call);
     }
 
     /// Bytes and number of windows mapped, idle ones included.
@@ -256,62 +184,65 @@ impl<'a> Planner<'a> {
 
     fn ask(&mut self) -> Step {
         self.stats.exchanges = self.stats.exchanges.wrapping_add(1);
+        self.away = self.away.saturating_add(1);
         Step::Ask
     }
 
-    fn advance(&mut self, table: &Table<'_>, list: &mut dyn List) -> Step {
-        self.hold(table, list);
-        if self.clear && !self.evict_all(table) {
+    fn advance(&mut self, table: &Table<'_>, call: &mut Call<'_>, list: &mut dyn List) -> Step {
+        self.hold(table, call, list);
+        if call.clear && !self.evict_all(table, call) {
             return self.ask();
         }
-        self.clear = false;
-        for index in self.cursor..list.count() {
+        call.clear = false;
+        for index in call.cursor..list.count() {
             if list.bus(index) == UNRESOLVED {
                 let range = list.range(index);
                 if let Some(bus) = table.hit(range) {
                     list.set_bus(index, bus);
                 } else {
-                    match self.plan(table, range) {
+                    match self.plan(table, call, range) {
                         Room::Made => {}
-                        Room::BatchFull => return self.ask(),
-                        Room::None(failure) => return self.fail(table, list, failure),
+                        // Nothing may be kept waiting for this call while it waits itself.
+                        Room::Busy if call.lines() == 0 => return Step::Wait,
+                        Room::Busy | Room::BatchFull => return self.ask(),
+                        Room::None(failure) => return self.fail(table, call, list, failure),
                     }
                 }
             }
-            self.seen = self.seen.max(index.saturating_add(1));
+            call.seen = call.seen.max(index.saturating_add(1));
         }
-        if self.lines == 0 {
+        if call.lines() == 0 {
             return Step::Done;
         }
-        if self.refused == 0 {
-            self.look_ahead(table);
+        if call.refused == 0 {
+            self.look_ahead(table, call);
         }
-        self.keep_reserve(table);
+        self.keep_reserve(table, call);
         self.ask()
     }
 
     /// Takes references for the entries planned so far, before anything else is evicted. A window made for an entry is
     /// used even if by now one of its size would not be made.
-    fn hold(&mut self, table: &Table<'_>, list: &mut dyn List) {
-        for index in self.cursor..self.seen {
+    fn hold(&mut self, table: &Table<'_>, call: &mut Call<'_>, list: &mut dyn List) {
+        for index in call.cursor..call.seen {
             if list.bus(index) == UNRESOLVED
                 && let Some(bus) = table.lookup(list.range(index), true)
             {
                 list.set_bus(index, bus);
             }
-            if self.cursor == index && list.bus(index) != UNRESOLVED {
-                self.cursor = index.saturating_add(1);
+            if call.cursor == index && list.bus(index) != UNRESOLVED {
+                call.cursor = index.saturating_add(1);
             }
         }
     }
 
     /// Adds to a batch that goes to the host anyway what lies around its windows, as windows of their own that nobody uses
     /// yet: they save the next exits, and unlike larger windows can be given back as long as nobody does.
-    fn look_ahead(&mut self, table: &Table<'_>) {
+    fn look_ahead(&mut self, table: &Table<'_>, call: &mut Call<'_>) {
         let block = table.policy.generous_max.max(GRANULE);
         let size = table.window_size(self.pending).min(block);
-        for index in 0..self.lines {
-            let Some(&line) = self.batch.get(index) else { return };
+        for index in 0..call.lines() {
+            let Some(line) = call.line(index) else { return };
             if line.unmap || line.range.len >= block {
                 continue;
             }
@@ -320,12 +251,12 @@ impl<'a> Planner<'a> {
                 let rest = Range { start: at, len: size.wrapping_sub(at & size.wrapping_sub(1)) };
                 let piece = table.ram.free_prefix(rest);
                 if piece.len != 0 {
-                    if !self.room_ahead(table, piece.len) {
+                    if !self.room_ahead(table, call, piece.len) {
                         return;
                     }
                     self.credit = self.credit.saturating_sub(piece.len);
                     self.ahead = self.ahead.saturating_add(piece.len);
-                    self.make(table, piece, true);
+                    self.make(table, call, piece, true);
                 }
                 at = at.saturating_add(piece.len.max(GRANULE));
             }
@@ -335,46 +266,50 @@ impl<'a> Planner<'a> {
     /// Evicts, in a batch that goes to the host anyway, the oldest idle windows beyond half of the bytes that are not in
     /// use. The next misses then find room, without waiting for space that the host returns late, and in few pieces,
     /// as large requests need it (dart-and-dma 3.1).
-    fn keep_reserve(&mut self, table: &Table<'_>) {
+    fn keep_reserve(&mut self, table: &Table<'_>, call: &mut Call<'_>) {
         let limits = table.limits;
         let used = table.pinned().bytes.saturating_add(self.pending.bytes);
         let bytes = (limits.bytes.saturating_sub(used) / 2).max(limits.bytes >> RESERVE_SHIFT);
         let entries = limits.entries >> RESERVE_SHIFT;
-        while self.lacks(limits, bytes, entries).is_some() && self.evict_one(table) {}
+        while self.lacks(limits, self.closing, bytes, entries).is_some() && self.evict_one(table, call) {}
     }
 
-    /// Whether a window of the batch under way will cover `range`.
-    fn planned(&mut self, table: &Table<'_>, range: Range) -> bool {
+    /// Whether a window asked for will cover `range`: one of this call's, or one of another's.
+    fn planned(&mut self, table: &Table<'_>, call: &mut Call<'_>, range: Range) -> Option<Room> {
         let last = range.start.saturating_add(range.len.saturating_sub(1));
-        let planned = [range.start, last].into_iter().any(|address| {
+        let owner = [range.start, last].into_iter().find_map(|address| {
             let id = table.ram.get(address);
-            let pending =
-                private(self.private, id).is_some_and(|own| matches!(own.stage, Stage::Pending { .. }));
-            pending && table.slot(id).is_some_and(|slot| slot.range().covers(range))
-        });
-        if planned {
-            self.pending.slack = self.pending.slack.saturating_sub(range.len);
+            let covers = table.slot(id).is_some_and(|slot| slot.range().covers(range));
+            match private(self.private, id)?.stage {
+                Stage::Pending { call, .. } if covers => Some(call),
+                _ => None,
+            }
+        })?;
+        if owner != call.id {
+            return Some(Room::Busy);
         }
-        planned
+        call.pending.slack = call.pending.slack.saturating_sub(range.len);
+        self.pending.slack = self.pending.slack.saturating_sub(range.len);
+        Some(Room::Made)
     }
 
-    fn plan(&mut self, table: &Table<'_>, range: Range) -> Room {
-        if self.planned(table, range) {
-            return Room::Made;
+    fn plan(&mut self, table: &Table<'_>, call: &mut Call<'_>, range: Range) -> Room {
+        if let Some(planned) = self.planned(table, call, range) {
+            return planned;
         }
         let Some((need, ram)) = range.rounded().and_then(|need| Some((need, table.ram.region(need)?))) else {
             return Room::None(Failure::NotRam(range));
         };
-        if !self.give_up_idle(table, range) {
+        if !self.give_up_idle(table, call, range) {
             return Room::BatchFull;
         }
         let size = table.window_size(self.pending);
-        let window = if self.refused == 0 { extent(table, need, ram, size) } else { need };
-        match self.make_room(table, window.len) {
-            Room::Made => self.add(table, window, range.len),
+        let window = if call.refused == 0 { extent(table, need, ram, size) } else { need };
+        match self.make_room(table, call, window.len) {
+            Room::Made => self.add(table, call, window, range.len),
             // Not even with nothing idle: what was asked for, and nothing around it.
-            Room::None(_) if window != need => match self.make_room(table, need.len) {
-                Room::Made => self.add(table, need, range.len),
+            Room::None(_) | Room::Busy if window != need => match self.make_room(table, call, need.len) {
+                Room::Made => self.add(table, call, need, range.len),
                 other => other,
             },
             other => other,
@@ -383,19 +318,19 @@ impl<'a> Planner<'a> {
 
     /// Evicts the idle windows that cover `range`: `Table::hit` just refused to use them again. False if the batch has no
     /// room left.
-    fn give_up_idle(&mut self, table: &Table<'_>, range: Range) -> bool {
+    fn give_up_idle(&mut self, table: &Table<'_>, call: &mut Call<'_>, range: Range) -> bool {
         let last = range.start.saturating_add(range.len.saturating_sub(1));
         for address in [range.start, last] {
             let id = table.ram.get(address);
             let covers = table.slot(id).is_some_and(|slot| slot.range().covers(range));
             let mapped = matches!(private(self.private, id).map(|own| own.stage), Some(Stage::Mapped { .. }));
             if covers && mapped {
-                if self.lines >= self.batch.len() {
+                if call.room() == 0 {
                     return false;
                 }
                 if self.ages.evict_this(table, self.private, id) {
                     self.stats.replaced = self.stats.replaced.wrapping_add(1);
-                    self.close(table, id);
+                    self.close(table, call, id);
                 }
             }
         }
@@ -403,7 +338,7 @@ impl<'a> Planner<'a> {
     }
 
     /// Evicts idle windows by age until `len` bytes and one entry are free.
-    fn make_room(&mut self, table: &Table<'_>, len: u64) -> Room {
+    fn make_room(&mut self, table: &Table<'_>, call: &mut Call<'_>, len: u64) -> Room {
         let limits = table.limits;
         let used = table.pinned();
         // What no eviction brings back. Refusing before anything is evicted keeps a hopeless request cheap.
@@ -414,55 +349,62 @@ impl<'a> Planner<'a> {
         if used.entries.saturating_add(self.pending.entries) >= limits.entries {
             return Room::None(Failure::Entries);
         }
-        // A line for the mapping itself must be left.
-        let last_line = self.batch.len().saturating_sub(1);
-        while let Some(failure) = self.lacks(limits, len, 1) {
-            if self.lines >= last_line {
+        while let Some(failure) = self.lacks(limits, call.closing, len, 1) {
+            // A line for the mapping itself must be left.
+            if call.room() <= 1 {
                 return Room::BatchFull;
             }
-            if !self.evict_one(table) {
-                return Room::None(failure);
+            if !self.evict_one(table, call) {
+                return if self.may_wait(call) { Room::Busy } else { Room::None(failure) };
             }
         }
-        if self.lines > last_line { Room::BatchFull } else { Room::Made }
+        if call.room() == 0 { Room::BatchFull } else { Room::Made }
     }
 
-    /// Which budget does not have room for `bytes` and `entries` more.
-    fn lacks(&self, limits: Limits, bytes: u64, entries: u32) -> Option<Failure> {
-        if self.bytes.checked_add(bytes).is_none_or(|sum| sum > limits.bytes) {
+    /// Whether what is with the host may leave room. A call waits for those that are there when it first comes to that, not for ever.
+    fn may_wait(&self, call: &mut Call<'_>) -> bool {
+        let all = self.settled.saturating_add(self.away.into());
+        self.away > 0 && self.settled < *call.patience.get_or_insert(all)
+    }
+
+    /// Which budget does not have room for `bytes` and `entries` more once `closing` is free.
+    fn lacks(&self, limits: Limits, closing: Use, bytes: u64, entries: u32) -> Option<Failure> {
+        let mapped = self.bytes.saturating_sub(closing.bytes);
+        let windows = self.entries.saturating_sub(closing.entries);
+        if mapped.checked_add(bytes).is_none_or(|sum| sum > limits.bytes) {
             Some(Failure::Bytes)
-        } else if self.entries.checked_add(entries).is_none_or(|sum| sum > limits.entries) {
+        } else if windows.checked_add(entries).is_none_or(|sum| sum > limits.entries) {
             Some(Failure::Entries)
         } else {
             None
         }
     }
 
-    fn evict_all(&mut self, table: &Table<'_>) -> bool {
+    fn evict_all(&mut self, table: &Table<'_>, call: &mut Call<'_>) -> bool {
         while self.ages.len() != 0 {
-            if self.lines >= self.batch.len() {
+            if call.room() == 0 {
                 return false;
             }
-            if !self.evict_one(table) {
+            if !self.evict_one(table, call) {
                 break;
             }
         }
         true
     }
 
-    fn evict_one(&mut self, table: &Table<'_>) -> bool {
-        if self.lines >= self.batch.len() {
+    fn evict_one(&mut self, table: &Table<'_>, call: &mut Call<'_>) -> bool {
+        if call.room() == 0 {
             return false;
         }
         let Some(id) = self.ages.evict(table, self.private) else { return false };
         self.stats.evicted = self.stats.evicted.wrapping_add(1);
-        self.close(table, id);
+        self.close(table, call, id);
         true
     }
 
     /// Takes a dead window out of the maps and asks for its unmapping. Its bytes and its entry count as free for the
     /// mappings behind it in the batch.
-    fn close(&mut self, table: &Table<'_>, id: u32) {
+    fn close(&mut self, table: &Table<'_>, call: &mut Call<'_>, id: u32) {
         let (Some(slot), Some(own)) = (table.slot(id), private(self.private, id)) else { return };
         own.stage = Stage::Closing;
         let (range, handle) = (slot.range(), own.handle);
@@ -471,9 +413,10 @@ impl<'a> Planner<'a> {
         }
         self.hide(table, id, range);
         table.bus.remove(Range { start: slot.bus(), len: range.len });
-        self.bytes = self.bytes.saturating_sub(range.len);
-        self.entries = self.entries.saturating_sub(1);
-        self.line(Request { range, handle, unmap: true, window: id, ..Request::default() });
+        let gone = Use { bytes: range.len, entries: 1, slack: 0 };
+        call.closing = call.closing.plus(gone);
+        self.closing = self.closing.plus(gone);
+        call.add(Request { range, handle, unmap: true, window: id, ..Request::default() });
     }
 
     /// Takes a window out of the RAM map; windows that it overlapped at its edges get their granules back.
@@ -490,48 +433,41 @@ impl<'a> Planner<'a> {
         if id == not { None } else { table.slot(id).map(|slot| slot.range()) }
     }
 
-    fn room_ahead(&self, table: &Table<'_>, len: u64) -> bool {
+    fn room_ahead(&self, table: &Table<'_>, call: &Call<'_>, len: u64) -> bool {
         let (limits, used) = (table.limits, table.pinned());
         let bytes = used.bytes.saturating_add(self.pending.bytes);
         let entries = used.entries.saturating_add(self.pending.entries);
-        self.lines < self.batch.len()
+        call.room() > 0
             && len <= self.credit
             && self.ahead.saturating_add(len) <= table.policy.ahead_allowed(limits)
             && bytes <= limits.bytes / 2
             && entries <= limits.entries / 2
-            && self.lacks(limits, len, 1).is_none()
+            && self.lacks(limits, call.closing, len, 1).is_none()
     }
 
     /// Adds the mapping of `range` to the batch, for a request of `live` bytes.
-    fn add(&mut self, table: &Table<'_>, range: Range, live: u64) -> Room {
-        if !self.make(table, range, false) {
+    fn add(&mut self, table: &Table<'_>, call: &mut Call<'_>, range: Range, live: u64) -> Room {
+        if !self.make(table, call, range, false) {
             // There is a slot for each entry and each line of a batch.
             return Room::None(Failure::Entries);
         }
-        self.pending.bytes = self.pending.bytes.saturating_add(range.len);
-        self.pending.entries = self.pending.entries.saturating_add(1);
-        self.pending.slack = self.pending.slack.saturating_add(range.len.saturating_sub(live));
+        let pinned = Use { bytes: range.len, entries: 1, slack: range.len.saturating_sub(live) };
+        call.pending = call.pending.plus(pinned);
+        self.pending = self.pending.plus(pinned);
         Room::Made
     }
 
-    fn make(&mut self, table: &Table<'_>, range: Range, ahead: bool) -> bool {
+    fn make(&mut self, table: &Table<'_>, call: &mut Call<'_>, range: Range, ahead: bool) -> bool {
         let id = self.free;
         let (Some(slot), Some(own)) = (table.slot(id), private(self.private, id)) else { return false };
         self.free = own.next;
-        *own = Private { stage: Stage::Pending { ahead }, ..Private::default() };
+        *own = Private { stage: Stage::Pending { ahead, call: call.id }, ..Private::default() };
         slot.describe(range, UNRESOLVED);
         table.ram.set(range, id);
         self.bytes = self.bytes.saturating_add(range.len);
         self.entries = self.entries.saturating_add(1);
-        self.line(Request { range, window: id, ..Request::default() });
+        call.add(Request { range, window: id, ..Request::default() });
         true
-    }
-
-    fn line(&mut self, request: Request) {
-        if let Some(line) = self.batch.get_mut(self.lines) {
-            *line = request;
-            self.lines = self.lines.saturating_add(1);
-        }
     }
 }
 

@@ -166,11 +166,11 @@ pub struct Private {
 pub(crate) enum Stage {
     #[default]
     Free,
-    /// Asked for in the batch now under way; by nobody yet if `ahead`.
-    Pending { ahead: bool },
+    /// Asked for in the batch of `call` now under way; by nobody yet if `ahead`.
+    Pending { ahead: bool, call: u16 },
     /// Mapped, and on the age list if `listed`.
     Mapped { listed: bool },
-    /// Asked to be unmapped in the batch now under way.
+    /// Asked to be unmapped in a batch now under way.
     Closing,
     /// The host did not confirm the unmapping: counted as mapped, never used again.
     Lost,

@@ -2,14 +2,14 @@
 
 use core::sync::atomic::{AtomicU32, AtomicU64};
 
-use crate::{CHUNK_GRANULES, GRANULE, Limits, Private, Range, Request, Slot};
+use crate::{CHUNK_GRANULES, GRANULE, Limits, Private, Range, Slot};
 
 /// Most pieces of guest RAM; an Outboard guest has one or two.
 pub const MAX_RAM_RANGES: usize = 8;
 
 /// All memory that a [`crate::Table`] and its [`crate::Planner`] use. [`Storage::bounds`] says how much of each.
 pub struct Storage<'a> {
-    /// One for each mapping that may exist, and one for each line of a batch.
+    /// One for each mapping that may exist, and one for each line of each call's batch.
     pub slots: &'a [Slot],
     /// As many as `slots`.
     pub private: &'a mut [Private],
@@ -19,8 +19,6 @@ pub struct Storage<'a> {
     pub bus_keys: &'a [AtomicU64],
     /// [`CHUNK_GRANULES`] for each of `bus_keys`, zeroed.
     pub bus_map: &'a [AtomicU32],
-    /// Room for one exchange with the host; at least two.
-    pub batch: &'a mut [Request],
 }
 
 /// Lengths that [`Storage`] needs for given limits and RAM.
@@ -48,7 +46,7 @@ pub enum StorageError {
 }
 
 impl Storage<'_> {
-    /// The lengths needed under `limits`, in a guest with the RAM `ram`, with batches of up to `lines`.
+    /// The lengths needed under `limits`, in a guest with the RAM `ram`, with `lines` in the batches of all calls together.
     pub fn bounds(limits: Limits, ram: &[Range], lines: usize) -> Result<Bounds, StorageError> {
         if limits.bytes < GRANULE || limits.entries == 0 || limits.entries > 1 << 30 || lines > 1 << 30 {
             return Err(StorageError::BadLimits);
@@ -67,20 +65,21 @@ impl Storage<'_> {
         })
     }
 
-    pub(crate) fn check(&self, bounds: Bounds) -> Result<(), StorageError> {
+    /// Whether all that is needed is there; how many slots are used.
+    pub(crate) fn check(&self, limits: Limits, ram: &[Range]) -> Result<usize, StorageError> {
+        let bounds = Self::bounds(limits, ram, 0)?;
         for (name, have, need) in [
             ("slots", self.slots.len(), bounds.slots),
             ("private", self.private.len(), bounds.slots),
             ("ram_map", self.ram_map.len(), bounds.ram_map),
             ("bus_keys", self.bus_keys.len(), bounds.bus_keys),
             ("bus_map", self.bus_map.len(), self.bus_keys.len().saturating_mul(CHUNK_GRANULES)),
-            ("batch", self.batch.len(), 2),
         ] {
             if have < need {
                 return Err(StorageError::TooSmall(name));
             }
         }
-        Ok(())
+        Ok(self.slots.len().min(self.private.len()))
     }
 }
 

@@ -23,6 +23,24 @@ pub struct Use {
     pub slack: u64,
 }
 
+impl Use {
+    pub(crate) fn plus(self, more: Use) -> Use {
+        Use {
+            bytes: self.bytes.saturating_add(more.bytes),
+            entries: self.entries.saturating_add(more.entries),
+            slack: self.slack.saturating_add(more.slack),
+        }
+    }
+
+    pub(crate) fn minus(self, less: Use) -> Use {
+        Use {
+            bytes: self.bytes.saturating_sub(less.bytes),
+            entries: self.entries.saturating_sub(less.entries),
+            slack: self.slack.saturating_sub(less.slack),
+        }
+    }
+}
+
 /// A window, as a CPU that holds no lock sees it: each value was right at some moment, not all of them at the same.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Window {

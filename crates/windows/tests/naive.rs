@@ -65,7 +65,7 @@ impl World {
 
 fn run(seed: u64, limits: Limits, operations: u64, refusals: bool) -> (u64, u64) {
     let mut random = Random(seed);
-    let (table, mut planner) = create(limits, &ram(), 8);
+    let (table, mut planner, mut call) = create(limits, &ram(), 8);
     let mut host = Host::default();
     let mut world = World { live: Vec::new(), live_bytes: 0 };
     let (mut failures, mut hits) = (0, 0);
@@ -84,7 +84,7 @@ fn run(seed: u64, limits: Limits, operations: u64, refusals: bool) -> (u64, u64)
             let count = if random.one_in(6) { 1 + random.below(24) } else { 1 };
             let mut list: Vec<Segment> = (0..count).map(|_| request(&mut random)).collect();
             let before = host.exchanges;
-            match map(&table, &mut planner, &mut host, limits, &mut list) {
+            match map(&table, &mut planner, &mut call, &mut host, limits, &mut list) {
                 Step::Done => {
                     hits += u64::from(host.exchanges == before);
                     world.live_bytes += list.iter().map(|s| s.range.len).sum::<u64>();
@@ -99,7 +99,7 @@ fn run(seed: u64, limits: Limits, operations: u64, refusals: bool) -> (u64, u64)
                     assert!(!matches!(failure, Failure::NotRam(_)), "all requests are in RAM");
                     assert!(list.iter().all(|s| s.bus == outboard_windows::UNRESOLVED));
                 }
-                Step::Ask => unreachable!(),
+                Step::Ask | Step::Wait => unreachable!("a call alone"),
             }
         } else if !world.live.is_empty() {
             let call = world.live.swap_remove(random.below(world.live.len() as u64) as usize);
@@ -118,9 +118,9 @@ fn run(seed: u64, limits: Limits, operations: u64, refusals: bool) -> (u64, u64)
         table.release(segment.bus, segment.range.len).expect("release at the end");
     }
     assert_eq!(table.pinned(), outboard_windows::Use::default());
-    while planner.trim(&table, u32::MAX) == Step::Ask {
-        host.exchange(planner.batch(), limits);
-        planner.settle_trim(&table);
+    while planner.trim(&table, &mut call, u32::MAX) == Step::Ask {
+        host.exchange(call.batch(), limits);
+        planner.settle_trim(&table, &mut call);
     }
     assert_eq!((host.bytes, host.maps.len()), (0, 0), "nothing stays mapped");
     assert_eq!(planner.stats().lost, 0);
@@ -149,12 +149,12 @@ fn random_operations_match_the_model() {
 #[test]
 fn a_failed_call_changes_nothing() {
     let limits = Limits { bytes: 4 * MIB, entries: 64 };
-    let (table, mut planner) = create(limits, &ram(), 8);
+    let (table, mut planner, mut call) = create(limits, &ram(), 8);
     let mut host = Host::default();
     let mut held = [Segment::new(0x4000_4000, 4096), Segment::new(0x4100_0000, 4096)];
-    assert_eq!(map(&table, &mut planner, &mut host, limits, &mut held), Step::Done);
+    assert_eq!(map(&table, &mut planner, &mut call, &mut host, limits, &mut held), Step::Done);
     let mut idle = [Segment::new(0x4080_0000, 4096)];
-    assert_eq!(map(&table, &mut planner, &mut host, limits, &mut idle), Step::Done);
+    assert_eq!(map(&table, &mut planner, &mut call, &mut host, limits, &mut idle), Step::Done);
     table.release(idle.bus(0), 4096).unwrap();
     let (mapped, pinned, exchanges) = (planner.mapped(), table.pinned(), host.exchanges);
 
@@ -163,12 +163,12 @@ fn a_failed_call_changes_nothing() {
     for bad in [Segment::new(0x4040_0000, 5 * MIB), Segment::new(0x1000, 4096), Segment::new(0x4100_0000, 0)]
     {
         let mut list = [held[0], bad, Segment::new(ram[0].start + ram[0].len - 4096, 8192)];
-        let step = map(&table, &mut planner, &mut host, limits, &mut list);
+        let step = map(&table, &mut planner, &mut call, &mut host, limits, &mut list);
         assert!(matches!(step, Step::Failed(Failure::Bytes | Failure::NotRam(_))), "{step:?}");
         assert_eq!((planner.mapped(), table.pinned(), host.exchanges), (mapped, pinned, exchanges));
     }
     // The idle window is still there: no exchange.
-    assert_eq!(map(&table, &mut planner, &mut host, limits, &mut idle), Step::Done);
+    assert_eq!(map(&table, &mut planner, &mut call, &mut host, limits, &mut idle), Step::Done);
     assert_eq!(host.exchanges, exchanges);
 }
 
@@ -176,22 +176,22 @@ fn a_failed_call_changes_nothing() {
 #[test]
 fn space_that_returns_fails_the_call_and_nothing_else() {
     let limits = Limits { bytes: 256 * MIB, entries: 4096 };
-    let (table, mut planner) = create(limits, &ram(), 8);
+    let (table, mut planner, mut call) = create(limits, &ram(), 8);
     let mut host = Host::default();
     let mut idle = [Segment::new(0x4080_0000, 4096)];
-    assert_eq!(map(&table, &mut planner, &mut host, limits, &mut idle), Step::Done);
+    assert_eq!(map(&table, &mut planner, &mut call, &mut host, limits, &mut idle), Step::Done);
     table.release(idle.bus(0), 4096).unwrap();
     let (mapped, exchanges) = (planner.mapped(), host.exchanges);
     host.script = vec![Outcome::Returning; 2];
     let mut list = [Segment::new(0x4000_4000, 4096)];
-    let step = map(&table, &mut planner, &mut host, limits, &mut list);
+    let step = map(&table, &mut planner, &mut call, &mut host, limits, &mut list);
     assert_eq!(step, Step::Failed(Failure::Returning));
     assert_eq!((host.exchanges - exchanges, planner.mapped(), planner.stats().failures), (2, mapped, 0));
-    assert_eq!(map(&table, &mut planner, &mut host, limits, &mut idle), Step::Done);
+    assert_eq!(map(&table, &mut planner, &mut call, &mut host, limits, &mut idle), Step::Done);
     assert_eq!(host.exchanges - exchanges, 2, "it was still there");
     // Refused once as too large: a smaller window.
     host.script = vec![Outcome::Returning];
-    assert_eq!(map(&table, &mut planner, &mut host, limits, &mut list), Step::Done);
+    assert_eq!(map(&table, &mut planner, &mut call, &mut host, limits, &mut list), Step::Done);
     let range = Range { start: 0x4000_4000, len: GRANULE };
     assert!(host.maps.values().any(|(mapped, _)| *mapped == range), "{:?}", host.maps);
 }
@@ -199,12 +199,12 @@ fn space_that_returns_fails_the_call_and_nothing_else() {
 #[test]
 fn windows_end_where_ram_ends() {
     let limits = Limits { bytes: 256 * MIB, entries: 4096 };
-    let (table, mut planner) = create(limits, &ram(), 8);
+    let (table, mut planner, mut call) = create(limits, &ram(), 8);
     let mut host = Host::default();
     for ram in ram() {
         for start in [ram.start, ram.start + ram.len - 4096] {
             let mut list = [Segment::new(start, 4096)];
-            assert_eq!(map(&table, &mut planner, &mut host, limits, &mut list), Step::Done);
+            assert_eq!(map(&table, &mut planner, &mut call, &mut host, limits, &mut list), Step::Done);
         }
     }
     for (range, _) in host.maps.values() {
@@ -222,12 +222,12 @@ fn windows_end_where_ram_ends() {
 fn neighbours_come_along_and_go_again() {
     let ram = [Range { start: 0, len: 2048 * MIB }];
     let limits = Limits { bytes: 64 * MIB, entries: 4096 };
-    let (table, mut planner) = create(limits, &ram, 64);
+    let (table, mut planner, mut call) = create(limits, &ram, 64);
     let mut host = Host::default();
     let mut block = 0;
     while planner.stats().ahead == 0 {
         let mut list = [Segment::new(block * 256 * 1024, 4096)];
-        assert_eq!(map(&table, &mut planner, &mut host, limits, &mut list), Step::Done);
+        assert_eq!(map(&table, &mut planner, &mut call, &mut host, limits, &mut list), Step::Done);
         block += 1;
         assert!(block < 2000, "slack is not bounded: {:?}", table.pinned());
     }
@@ -235,14 +235,14 @@ fn neighbours_come_along_and_go_again() {
     let before = host.exchanges;
     for granule in 0..16 {
         let mut list = [Segment::new((block - 1) * 256 * 1024 + granule * GRANULE, 4096)];
-        assert_eq!(map(&table, &mut planner, &mut host, limits, &mut list), Step::Done);
+        assert_eq!(map(&table, &mut planner, &mut call, &mut host, limits, &mut list), Step::Done);
     }
     assert_eq!(host.exchanges, before);
     // Scattered requests of whole granules fill all bytes: nothing made ahead is in the way.
     let (mut failed, mut next) = (None, block);
     while failed.is_none() {
         let mut list = [Segment::new(next * 256 * 1024, GRANULE)];
-        match map(&table, &mut planner, &mut host, limits, &mut list) {
+        match map(&table, &mut planner, &mut call, &mut host, limits, &mut list) {
             Step::Failed(failure) => failed = Some(failure),
             _ => next += 1,
         }
@@ -254,10 +254,10 @@ fn neighbours_come_along_and_go_again() {
 #[test]
 fn releases_of_nothing_are_refused() {
     let limits = Limits { bytes: 256 * MIB, entries: 4096 };
-    let (table, mut planner) = create(limits, &ram(), 8);
+    let (table, mut planner, mut call) = create(limits, &ram(), 8);
     let mut host = Host::default();
     let mut list = [Segment::new(0x4000_4000, 4096)];
-    assert_eq!(map(&table, &mut planner, &mut host, limits, &mut list), Step::Done);
+    assert_eq!(map(&table, &mut planner, &mut call, &mut host, limits, &mut list), Step::Done);
     for (bus, len) in
         [(0, 4096), (u64::MAX, 4096), (list.bus(0), 0), (list.bus(0), u64::MAX), (list.bus(0), 64 * MIB)]
     {

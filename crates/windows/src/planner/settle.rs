@@ -2,27 +2,36 @@
 
 use core::sync::atomic::Ordering;
 
-use super::{Failure, Outcome, Planner, Request, Step};
+use super::Planner;
+use crate::call::{Call, Failure, Outcome, Request, Step};
 use crate::list::List;
 use crate::lru::private;
 use crate::slot::{Private, Stage};
-use crate::table::Use;
 use crate::{Range, Table};
 
 impl Planner<'_> {
     /// Takes over the outcomes of the batch; the worst one of mappings that somebody waits for.
-    pub(super) fn settle(&mut self, table: &Table<'_>) -> Outcome {
+    pub(super) fn settle(&mut self, table: &Table<'_>, call: &mut Call<'_>) -> Outcome {
         let mut worst = Outcome::Done;
-        self.pending = Use::default();
-        for index in 0..core::mem::take(&mut self.lines) {
-            let Some(&request) = self.batch.get(index) else { break };
+        self.away = self.away.saturating_sub(1);
+        self.settled = self.settled.saturating_add(1);
+        self.forget(call);
+        for index in 0..call.lines() {
+            let Some(request) = call.line(index) else { break };
             if request.unmap {
                 self.settle_unmap(request);
                 continue;
             }
             worst = worst.max(self.settle_map(table, request));
         }
+        call.empty();
         worst
+    }
+
+    /// What `call` was to pin and to free is not to come any more: it has, or it will not.
+    fn forget(&mut self, call: &mut Call<'_>) {
+        self.pending = self.pending.minus(core::mem::take(&mut call.pending));
+        self.closing = self.closing.minus(core::mem::take(&mut call.closing));
     }
 
     fn settle_unmap(&mut self, request: Request) {
@@ -31,12 +40,12 @@ impl Planner<'_> {
         if request.outcome == Outcome::Done {
             *own = Private { next: free, ..Private::default() };
             self.free = id;
+            self.bytes = self.bytes.saturating_sub(request.range.len);
+            self.entries = self.entries.saturating_sub(1);
             self.stats.unmaps = self.stats.unmaps.wrapping_add(1);
         } else {
-            // The device may still reach it: never count its bytes as free again.
+            // The device may still reach it: never count its bytes as free.
             own.stage = Stage::Lost;
-            self.bytes = self.bytes.saturating_add(request.range.len);
-            self.entries = self.entries.saturating_add(1);
             self.stats.lost = self.stats.lost.wrapping_add(1);
         }
     }
@@ -46,7 +55,7 @@ impl Planner<'_> {
         let (Some(slot), Some(own)) = (table.slot(id), private(self.private, id)) else {
             return Outcome::Refused;
         };
-        let ahead = own.stage == Stage::Pending { ahead: true };
+        let ahead = matches!(own.stage, Stage::Pending { ahead: true, .. });
         let mut outcome = request.outcome;
         if outcome == Outcome::Done {
             self.stats.maps = self.stats.maps.wrapping_add(1);
@@ -81,21 +90,26 @@ impl Planner<'_> {
     }
 
     /// Undoes the call: lines not sent are dropped, references given back.
-    pub(super) fn fail(&mut self, table: &Table<'_>, list: &mut dyn List, failure: Failure) -> Step {
+    pub(super) fn fail(
+        &mut self,
+        table: &Table<'_>,
+        call: &mut Call<'_>,
+        list: &mut dyn List,
+        failure: Failure,
+    ) -> Step {
         if failure != Failure::Returning {
             self.stats.failures = self.stats.failures.wrapping_add(1);
         }
-        self.drop_unsent(table);
+        self.drop_unsent(table, call);
         let count = list.count();
         table.release_list(list, count);
         Step::Failed(failure)
     }
 
     /// Drops the mappings of a batch that was never sent, and takes its evictions back: those windows are still mapped.
-    fn drop_unsent(&mut self, table: &Table<'_>) {
-        self.pending = Use::default();
-        for index in (0..core::mem::take(&mut self.lines)).rev() {
-            let Some(&request) = self.batch.get(index) else { break };
+    fn drop_unsent(&mut self, table: &Table<'_>, call: &mut Call<'_>) {
+        self.forget(call);
+        while let Some(request) = call.take_last() {
             if request.unmap {
                 self.reopen(table, request);
             } else {
@@ -108,8 +122,6 @@ impl Planner<'_> {
         let id = request.window;
         let (Some(slot), Some(own)) = (table.slot(id), private(self.private, id)) else { return };
         *own = Private { handle: request.handle, ..Private::default() };
-        self.bytes = self.bytes.saturating_add(request.range.len);
-        self.entries = self.entries.saturating_add(1);
         let inserted = table.bus.insert(Range { start: slot.bus(), len: request.range.len }, id);
         debug_assert!(inserted, "nobody else takes the bus range of a window that was never unmapped");
         table.ram.set(request.range, id);

@@ -4,25 +4,42 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU32, AtomicU64};
 
 use outboard_windows::{
-    GRANULE, Limits, List, Outcome, Planner, Policy, Private, Range, Request, Slot, Step, Storage, Table,
+    Call, GRANULE, Limits, List, Outcome, Planner, Policy, Private, Range, Request, Slot, Step, Storage,
+    Table,
 };
 
 /// Leaked storage: the table and planner of a test live as long as the test. Few `lines` make calls take several
 /// exchanges.
-pub fn create(limits: Limits, ram: &[Range], lines: usize) -> (Table<'static>, Planner<'static>) {
+pub fn create(
+    limits: Limits,
+    ram: &[Range],
+    lines: usize,
+) -> (Table<'static>, Planner<'static>, Call<'static>) {
+    let (table, planner, mut calls) = create_for(limits, ram, lines, 1);
+    (table, planner, calls.remove(0))
+}
+
+/// With several calls at a time.
+pub fn create_for(
+    limits: Limits,
+    ram: &[Range],
+    lines: usize,
+    calls: u16,
+) -> (Table<'static>, Planner<'static>, Vec<Call<'static>>) {
     fn leak<T: Default>(count: usize) -> &'static mut [T] {
         Box::leak((0..count).map(|_| T::default()).collect::<Vec<_>>().into_boxed_slice())
     }
-    let bounds = Storage::bounds(limits, ram, lines).expect("bounds");
+    let bounds = Storage::bounds(limits, ram, lines * usize::from(calls)).expect("bounds");
     let storage = Storage {
         slots: leak::<Slot>(bounds.slots),
         private: leak::<Private>(bounds.slots),
         ram_map: leak::<AtomicU32>(bounds.ram_map),
         bus_keys: leak::<AtomicU64>(bounds.bus_keys),
         bus_map: leak::<AtomicU32>(bounds.bus_map),
-        batch: leak::<Request>(lines),
     };
-    Planner::create(storage, limits, Policy::default(), ram).expect("create")
+    let (table, planner) = Planner::create(storage, limits, Policy::default(), ram).expect("create");
+    let calls = (0..calls).map(|id| Call::new(id, leak::<Request>(lines)).expect("enough lines"));
+    (table, planner, calls.collect())
 }
 
 /// The host: hands out bus addresses in a shuffled manner, never overlapping.
@@ -92,6 +109,7 @@ impl Host {
 pub fn map(
     table: &Table<'_>,
     planner: &mut Planner<'_>,
+    call: &mut Call<'_>,
     host: &mut Host,
     limits: Limits,
     list: &mut dyn List,
@@ -99,13 +117,13 @@ pub fn map(
     if table.hit_list(list) {
         return Step::Done;
     }
-    let mut step = planner.begin(table, list);
+    let mut step = planner.begin(table, call, list);
     let mut exchanges = 0;
     while step == Step::Ask {
         exchanges += 1;
         assert!(exchanges < 10_000, "a call must come to an end");
-        host.exchange(planner.batch(), limits);
-        step = planner.resume(table, list);
+        host.exchange(call.batch(), limits);
+        step = planner.resume(table, call, list);
     }
     step
 }

@@ -3,42 +3,77 @@
 use crate::exchange::{Counts, Device, exchange};
 use core::cell::UnsafeCell;
 use outboard_windows::{
-    Failure, Limits, List, Planner, Policy, Range, Segment, Stats, Step, Storage, StorageError, Table,
+    Call, Failure, Limits, List, Planner, Policy, Range, Segment, Stats, Step, Storage, StorageError, Table,
     UnknownMapping, Use, Window,
 };
 
-/// A [`Table`] with its [`Planner`] and the device they ask.
-pub struct Domain<'a, D> {
+/// Windows that [`Domain::trim`] gives back in one exchange: it has interrupts off.
+const TRIM: u32 = 32;
+
+/// The lock around the planner, as the C half has it. Calls of [`Domain`] hold it shortly, and never while the host is asked.
+pub trait Lock {
+    /// Takes it. Interrupts are off on this CPU.
+    fn acquire(&self);
+    /// Lets it go.
+    fn release(&self);
+}
+
+/// What a call needs to itself: its batch and the queue that takes it to the host.
+pub struct Queue<'a, D>(UnsafeCell<(Call<'a>, D)>);
+
+impl<'a, D> Queue<'a, D> {
+    /// One of a domain's.
+    pub fn new(call: Call<'a>, device: D) -> Self {
+        Self(UnsafeCell::new((call, device)))
+    }
+}
+
+/// A [`Table`] with its [`Planner`] and the queues by which they ask.
+pub struct Domain<'a, D, L> {
     table: Table<'a>,
-    slow: UnsafeCell<Slow<'a, D>>,
+    lock: L,
+    slow: UnsafeCell<Slow<'a>>,
+    queues: &'a [Queue<'a, D>],
 }
 
 /// What only the holder of the lock touches.
-struct Slow<'a, D> {
+struct Slow<'a> {
     planner: Planner<'a>,
-    device: D,
     counts: Counts,
 }
 
-/// The lock around the slow half. The caller holds it; this only says so.
-pub struct Held<'d, 'a, D> {
-    table: &'d Table<'a>,
-    slow: &'d mut Slow<'a, D>,
+/// What [`Domain::stats`] tells.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Numbers {
+    /// Bytes and number of windows mapped.
+    pub mapped: (u64, u32),
+    /// What windows with references use.
+    pub pinned: Use,
+    /// The planner's counts.
+    pub planner: Stats,
+    /// The exchanges' counts.
+    pub exchanges: Counts,
 }
 
-// SAFETY: the table is made to be shared; `slow` is reached through `Domain::held` alone, whose caller holds the lock.
+// SAFETY: the table is made to be shared; `slow` is reached under the lock alone, a queue by its owner alone (`Domain::map_list`).
 #[allow(unsafe_code, reason = "the lock is on the other side of the C interface")]
-unsafe impl<D: Send> Sync for Domain<'_, D> {}
+unsafe impl<D: Send, L: Sync> Sync for Domain<'_, D, L> {}
 
-impl<'a, D: Device> Domain<'a, D> {
+impl<'a, D: Device, L: Lock> Domain<'a, D, L> {
     /// An empty domain.
     ///
     /// # Errors
     /// [`StorageError`] says which limit, range or slice does not do.
-    pub fn new(storage: Storage<'a>, limits: Limits, ram: &[Range], device: D) -> Result<Self, StorageError> {
+    pub fn new(
+        storage: Storage<'a>,
+        limits: Limits,
+        ram: &[Range],
+        queues: &'a [Queue<'a, D>],
+        lock: L,
+    ) -> Result<Self, StorageError> {
         let (table, planner) = Planner::create(storage, limits, Policy::default(), ram)?;
-        let slow = Slow { planner, device, counts: Counts::default() };
-        Ok(Self { table, slow: UnsafeCell::new(slow) })
+        let slow = UnsafeCell::new(Slow { planner, counts: Counts::default() });
+        Ok(Self { table, lock, slow, queues })
     }
 
     /// Maps without a lock and without asking anybody, where a window covers the range: its bus address. See [`Table::hit`].
@@ -69,32 +104,52 @@ impl<'a, D: Device> Domain<'a, D> {
         self.table.slots()
     }
 
-    /// The slow half.
+    fn locked<R>(&self, act: impl FnOnce(&mut Slow<'a>) -> R) -> R {
+        self.lock.acquire();
+        // SAFETY: the lock is held until `act` has returned, and nothing of it leaves with the result.
+        #[allow(unsafe_code, reason = "the lock is on the other side of the C interface")]
+        let result = act(unsafe { &mut *self.slow.get() });
+        self.lock.release();
+        result
+    }
+
+    /// The queue of that number.
     ///
     /// # Safety
-    /// The caller holds the domain's lock, and holds it for as long as it keeps what this returns.
-    #[allow(unsafe_code, reason = "the lock is on the other side of the C interface")]
-    pub unsafe fn held(&self) -> Held<'_, 'a, D> {
-        // SAFETY: the caller's promise: nobody else has a reference to what is inside.
-        Held { table: &self.table, slow: unsafe { &mut *self.slow.get() } }
+    /// Nobody else uses it before the caller has done with what this returns.
+    #[allow(unsafe_code, reason = "the C half gives each queue to one call at a time")]
+    #[allow(clippy::mut_from_ref, reason = "the caller has it to itself")]
+    unsafe fn queue(&self, number: usize) -> Option<&mut (Call<'a>, D)> {
+        // SAFETY: the caller's promise.
+        self.queues.get(number).map(|queue| unsafe { &mut *queue.0.get() })
     }
-}
 
-impl<D: Device> Held<'_, '_, D> {
     /// Maps all entries of `list`, or none.
     ///
     /// # Errors
     /// [`Failure`]: all that was mapped before still is.
-    pub fn map_list(&mut self, list: &mut dyn List) -> Result<(), Failure> {
-        let slow = &mut *self.slow;
-        let mut step = slow.planner.begin(self.table, list);
+    ///
+    /// # Safety
+    /// The caller has queue `number` to itself, and interrupts are off.
+    #[allow(unsafe_code, reason = "the C half gives each queue to one call at a time")]
+    pub unsafe fn map_list(&self, number: usize, list: &mut dyn List) -> Result<(), Failure> {
+        // SAFETY: the caller's promise.
+        let (call, device) = unsafe { self.queue(number) }.ok_or(Failure::Host)?;
+        let mut step = self.locked(|slow| slow.planner.begin(&self.table, call, list));
         loop {
             match step {
                 Step::Done => return Ok(()),
                 Step::Failed(failure) => return Err(failure),
                 Step::Ask => {
-                    exchange(&mut slow.device, slow.planner.batch(), &mut slow.counts);
-                    step = slow.planner.resume(self.table, list);
+                    let counts = exchange(device, call.batch());
+                    step = self.locked(|slow| {
+                        slow.counts.add(counts);
+                        slow.planner.resume(&self.table, call, list)
+                    });
+                }
+                Step::Wait => {
+                    core::hint::spin_loop();
+                    step = self.locked(|slow| slow.planner.again(&self.table, call, list));
                 }
             }
         }
@@ -104,42 +159,43 @@ impl<D: Device> Held<'_, '_, D> {
     ///
     /// # Errors
     /// As [`Self::map_list`].
-    pub fn map(&mut self, range: Range) -> Result<u64, Failure> {
+    ///
+    /// # Safety
+    /// As [`Self::map_list`].
+    #[allow(unsafe_code, reason = "the C half gives each queue to one call at a time")]
+    pub unsafe fn map(&self, number: usize, range: Range) -> Result<u64, Failure> {
         let mut list = [Segment::new(range.start, range.len)];
-        self.map_list(&mut list)?;
+        // SAFETY: the caller's promise.
+        unsafe { self.map_list(number, &mut list)? };
         Ok(list[0].bus)
     }
 
-    /// Gives up to a batch of idle windows back to the host, oldest first. Whether there may be more.
-    pub fn trim(&mut self) -> bool {
-        let slow = &mut *self.slow;
-        match slow.planner.trim(self.table, u32::MAX) {
-            Step::Ask => {
-                exchange(&mut slow.device, slow.planner.batch(), &mut slow.counts);
-                slow.planner.settle_trim(self.table);
-                true
-            }
-            Step::Done | Step::Failed(_) => false,
+    /// Gives up to [`TRIM`] idle windows back to the host, oldest first. Whether there may be more.
+    ///
+    /// # Safety
+    /// As [`Self::map_list`].
+    #[allow(unsafe_code, reason = "the C half gives each queue to one call at a time")]
+    pub unsafe fn trim(&self, number: usize) -> bool {
+        // SAFETY: the caller's promise.
+        let Some((call, device)) = (unsafe { self.queue(number) }) else { return false };
+        if self.locked(|slow| slow.planner.trim(&self.table, call, TRIM)) != Step::Ask {
+            return false;
         }
+        let counts = exchange(device, call.batch());
+        self.locked(|slow| {
+            slow.counts.add(counts);
+            slow.planner.settle_trim(&self.table, call);
+        });
+        true
     }
 
-    /// Bytes and number of windows mapped.
-    pub fn mapped(&self) -> (u64, u32) {
-        self.slow.planner.mapped()
-    }
-
-    /// What windows with references use.
-    pub fn pinned(&self) -> Use {
-        self.table.pinned()
-    }
-
-    /// The planner's counts.
-    pub fn stats(&self) -> Stats {
-        self.slow.planner.stats()
-    }
-
-    /// The exchanges' counts.
-    pub fn counts(&self) -> Counts {
-        self.slow.counts
+    /// What there is and was. Interrupts are off.
+    pub fn stats(&self) -> Numbers {
+        self.locked(|slow| Numbers {
+            mapped: slow.planner.mapped(),
+            pinned: self.table.pinned(),
+            planner: slow.planner.stats(),
+            exchanges: slow.counts,
+        })
     }
 }

@@ -39,23 +39,37 @@ pub struct Counts {
     pub last_refusal: u64,
 }
 
+impl Counts {
+    /// Adds what an exchange counted.
+    pub fn add(&mut self, more: Counts) {
+        self.rings = self.rings.wrapping_add(more.rings);
+        self.entries = self.entries.wrapping_add(more.entries);
+        self.no_space = self.no_space.wrapping_add(more.no_space);
+        self.returning = self.returning.wrapping_add(more.returning);
+        self.refused = self.refused.wrapping_add(more.refused);
+        if more.last_refusal != 0 {
+            self.last_refusal = more.last_refusal;
+        }
+    }
+}
+
 /// Sends `batch` to the device and notes the outcomes in it.
-pub fn exchange(device: &mut impl Device, batch: &mut [Request], counts: &mut Counts) {
+pub fn exchange(device: &mut impl Device, batch: &mut [Request]) -> Counts {
     let mut count = 0u32;
     for line in batch.iter() {
         device.put(count, encode(line).bytes());
         count = count.saturating_add(1);
     }
     if count == 0 {
-        return;
+        return Counts::default();
     }
-    counts.entries = counts.entries.wrapping_add(u64::from(count));
-    counts.rings = counts.rings.wrapping_add(1);
+    let mut counts = Counts { rings: 1, entries: count.into(), ..Counts::default() };
     device.ring(count);
     for (index, line) in (0u32..).zip(batch.iter_mut()) {
         let entry = Entry::read(&device.get(index));
-        receive(device, line, entry, counts);
+        receive(device, line, entry, &mut counts);
     }
+    counts
 }
 
 fn encode(line: &Request) -> Entry {

@@ -1,12 +1,12 @@
 //! What the C half calls. `core.h` declares the same; `tests/header.rs` compares the two.
 #![allow(unsafe_code, reason = "the C half hands over pointers")]
 
-use crate::domain::Domain;
+use crate::domain::{Domain, Lock, Queue};
 use crate::exchange::{Counts, Device, Raw};
-use crate::memory::{Cutter, bytes};
+use crate::memory::{Cutter, Queues, bytes};
 use core::ffi::c_void;
 use core::mem::size_of;
-use outboard_windows::{Bounds, Failure, Limits, List, MAX_RAM_RANGES, Range, Storage, UNRESOLVED};
+use outboard_windows::{Bounds, Call, Failure, Limits, List, MAX_RAM_RANGES, Range, Storage, UNRESOLVED};
 
 /// `struct odma_range`.
 #[derive(Clone, Copy, Default)]
@@ -25,35 +25,60 @@ pub struct Config {
     pub limit_bytes: u64,
     /// Most mappings at a time.
     pub limit_entries: u32,
-    /// Entries that the queue has room for.
+    /// Entries that a queue has room for.
     pub lines: u32,
     /// Guest RAM.
     pub ram: [RamRange; MAX_RAM_RANGES],
     /// Number of `ram`.
     pub ram_count: u32,
-    /// Not used.
-    pub reserved: u32,
-    /// The queue: `lines` entries of 64 bytes.
-    pub queue: *mut u8,
-    /// Given to the two functions.
+    /// Number of queues.
+    pub queues: u32,
+    /// Where each queue is: `lines` entries of 64 bytes.
+    pub queue: *const *mut u8,
+    /// Given to the functions.
     pub context: *mut c_void,
-    /// Rings the doorbell for this many entries.
-    pub ring: extern "C" fn(*mut c_void, u32),
-    /// The queue's status.
-    pub status: extern "C" fn(*mut c_void) -> u32,
+    /// Rings the doorbell of a queue for this many entries.
+    pub ring: extern "C" fn(*mut c_void, u32, u32),
+    /// A queue's status.
+    pub status: extern "C" fn(*mut c_void, u32) -> u32,
+    /// Takes the lock around what all calls share; interrupts are off.
+    pub lock: extern "C" fn(*mut c_void),
+    /// Lets it go.
+    pub unlock: extern "C" fn(*mut c_void),
 }
 
-/// The C half's queue and functions.
+/// One queue and the C half's functions for it.
 pub struct Host {
     queue: *mut Raw,
     lines: u32,
+    number: u32,
     context: *mut c_void,
-    ring: extern "C" fn(*mut c_void, u32),
-    status: extern "C" fn(*mut c_void) -> u32,
+    ring: extern "C" fn(*mut c_void, u32, u32),
+    status: extern "C" fn(*mut c_void, u32) -> u32,
 }
 
-// SAFETY: used under the domain's lock only, on whichever CPU; none of it belongs to a thread.
+// SAFETY: used by the queue's owner only, on whichever CPU; none of it belongs to a thread.
 unsafe impl Send for Host {}
+
+/// The C half's lock.
+pub struct CLock {
+    context: *mut c_void,
+    lock: extern "C" fn(*mut c_void),
+    unlock: extern "C" fn(*mut c_void),
+}
+
+// SAFETY: a lock is there to be shared.
+unsafe impl Sync for CLock {}
+
+impl Lock for CLock {
+    fn acquire(&self) {
+        (self.lock)(self.context);
+    }
+
+    fn release(&self) {
+        (self.unlock)(self.context);
+    }
+}
 
 impl Device for Host {
     fn put(&mut self, index: u32, entry: Raw) {
@@ -73,16 +98,16 @@ impl Device for Host {
     }
 
     fn ring(&mut self, count: u32) {
-        (self.ring)(self.context, count);
+        (self.ring)(self.context, self.number, count);
     }
 
     fn status(&mut self) -> u32 {
-        (self.status)(self.context)
+        (self.status)(self.context, self.number)
     }
 }
 
 /// `struct odma_core`.
-pub type Core = Domain<'static, Host>;
+pub type Core = Domain<'static, Host, CLock>;
 
 /// `enum odma_failure`: why a map call failed.
 fn code(failure: Failure) -> i32 {
@@ -96,15 +121,16 @@ fn code(failure: Failure) -> i32 {
     }
 }
 
-fn plan(config: &Config) -> Option<(Bounds, Limits, [Range; MAX_RAM_RANGES], usize)> {
+fn plan(config: &Config) -> Option<(Bounds, Limits, [Range; MAX_RAM_RANGES], Queues)> {
     let limits = Limits { bytes: config.limit_bytes, entries: config.limit_entries };
     let mut ram = [Range::default(); MAX_RAM_RANGES];
     for (to, from) in ram.iter_mut().zip(config.ram.iter().take(config.ram_count as usize)) {
         *to = Range { start: from.start, len: from.len };
     }
-    let lines = config.lines as usize;
-    let bounds = Storage::bounds(limits, &ram, lines).ok()?;
-    Some((bounds, limits, ram, lines))
+    let queues =
+        Queues { count: usize::from(u16::try_from(config.queues).ok()?), lines: config.lines as usize };
+    let bounds = Storage::bounds(limits, &ram, queues.lines.checked_mul(queues.count)?).ok()?;
+    (queues.count > 0).then_some((bounds, limits, ram, queues))
 }
 
 /// Bytes of memory that a domain of this configuration needs; 0 if it cannot be.
@@ -116,8 +142,8 @@ pub unsafe extern "C" fn odma_core_bytes(config: *const Config) -> u64 {
     // SAFETY: the caller's promise.
     let config = unsafe { &*config };
     let need = || {
-        let (bounds, _, _, lines) = plan(config)?;
-        bytes(bounds, lines, size_of::<Core>())
+        let (bounds, _, _, queues) = plan(config)?;
+        bytes(bounds, queues, size_of::<Core>(), size_of::<Queue<'_, Host>>())
     };
     need().unwrap_or(0) as u64
 }
@@ -125,25 +151,36 @@ pub unsafe extern "C" fn odma_core_bytes(config: *const Config) -> u64 {
 /// Makes a domain in `memory`; null if the configuration or the memory does not do. There is no function to destroy one: it owns nothing.
 ///
 /// # Safety
-/// `config` is valid; `memory` has `len` bytes that nobody else uses while the domain is used, and so has its queue.
+/// `config` is valid; `memory` has `len` bytes that nobody else uses while the domain is used, and so have its queues.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn odma_core_create(config: *const Config, memory: *mut u8, len: u64) -> *const Core {
     // SAFETY: the caller's promise.
     let config = unsafe { &*config };
     let make = || {
-        let (bounds, limits, ram, lines) = plan(config)?;
+        let (bounds, limits, ram, queues) = plan(config)?;
         // SAFETY: the caller's promise.
         let mut cutter = unsafe { Cutter::new(memory, usize::try_from(len).ok()?) };
         let place = cutter.room::<Core>(1)?;
-        let storage = cutter.storage(bounds, lines)?;
-        let host = Host {
-            queue: config.queue.cast(),
-            lines: config.lines,
-            context: config.context,
-            ring: config.ring,
-            status: config.status,
-        };
-        let domain = Domain::new(storage, limits, &ram, host).ok()?;
+        let storage = cutter.storage(bounds)?;
+        let all = cutter.room::<Queue<'static, Host>>(queues.count)?;
+        for number in 0..queues.count {
+            let call = Call::new(u16::try_from(number).ok()?, cutter.slice(queues.lines)?).ok()?;
+            let host = Host {
+                // SAFETY: the caller's promise: there are as many of them.
+                queue: unsafe { config.queue.wrapping_add(number).read() }.cast(),
+                lines: config.lines,
+                number: u32::try_from(number).ok()?,
+                context: config.context,
+                ring: config.ring,
+                status: config.status,
+            };
+            // SAFETY: within the room just cut off.
+            unsafe { all.wrapping_add(number).write(Queue::new(call, host)) };
+        }
+        // SAFETY: all of them were just written; the block outlives the domain.
+        let all = unsafe { core::slice::from_raw_parts(all, queues.count) };
+        let lock = CLock { context: config.context, lock: config.lock, unlock: config.unlock };
+        let domain = Domain::new(storage, limits, &ram, all, lock).ok()?;
         // SAFETY: room for one, aligned, cut off for it alone.
         unsafe { place.write(domain) };
         Some(place.cast_const())
@@ -182,14 +219,20 @@ pub unsafe extern "C" fn odma_core_release(core: *const Core, bus: u64, len: u64
     i32::from(unsafe { &*core }.release(bus, len).is_err())
 }
 
-/// Maps `len` bytes at `start` and writes their bus address to `bus`: 0, or an `enum odma_failure`.
+/// Maps `len` bytes at `start` by way of queue `queue` and writes their bus address to `bus`: 0, or an `enum odma_failure`.
 ///
 /// # Safety
-/// As [`odma_core_hit`]; the caller holds the domain's lock; `bus` is valid.
+/// As [`odma_core_hit`]; interrupts are off, and nobody else uses that queue meanwhile; `bus` is valid.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn odma_core_map(core: *const Core, start: u64, len: u64, bus: *mut u64) -> i32 {
+pub unsafe extern "C" fn odma_core_map(
+    core: *const Core,
+    queue: u32,
+    start: u64,
+    len: u64,
+    bus: *mut u64,
+) -> i32 {
     // SAFETY: the caller's promise.
-    match unsafe { (*core).held() }.map(Range { start, len }) {
+    match unsafe { (*core).map(queue as usize, Range { start, len }) } {
         Ok(address) => {
             // SAFETY: the caller's promise.
             unsafe { bus.write(address) };
@@ -248,9 +291,9 @@ impl List for Walk {
 /// # Safety
 /// As [`odma_core_map`]; `list` is valid, and its functions are for every index below its count.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn odma_core_map_list(core: *const Core, list: *mut CList) -> i32 {
+pub unsafe extern "C" fn odma_core_map_list(core: *const Core, queue: u32, list: *mut CList) -> i32 {
     // SAFETY: the caller's promise.
-    match unsafe { (*core).held() }.map_list(&mut Walk(list)) {
+    match unsafe { (*core).map_list(queue as usize, &mut Walk(list)) } {
         Ok(()) => 0,
         Err(failure) => code(failure),
     }
@@ -261,9 +304,9 @@ pub unsafe extern "C" fn odma_core_map_list(core: *const Core, list: *mut CList)
 /// # Safety
 /// As [`odma_core_map`].
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn odma_core_trim(core: *const Core) -> i32 {
+pub unsafe extern "C" fn odma_core_trim(core: *const Core, queue: u32) -> i32 {
     // SAFETY: the caller's promise.
-    i32::from(unsafe { (*core).held() }.trim())
+    i32::from(unsafe { (*core).trim(queue as usize) })
 }
 
 /// `struct odma_core_stats`.
@@ -303,12 +346,12 @@ pub struct CoreStats {
 /// Fills `stats`.
 ///
 /// # Safety
-/// As [`odma_core_map`]; `stats` is valid.
+/// As [`odma_core_hit`]; interrupts are off; `stats` is valid.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn odma_core_stats(core: *const Core, stats: *mut CoreStats) {
     // SAFETY: the caller's promise.
-    let held = unsafe { (*core).held() };
-    let (used, own, (mapped_bytes, mapped)) = (held.pinned(), held.stats(), held.mapped());
+    let numbers = unsafe { &*core }.stats();
+    let (used, own, (mapped_bytes, mapped)) = (numbers.pinned, numbers.planner, numbers.mapped);
     let filled = CoreStats {
         mapped_bytes,
         mapped: u64::from(mapped),
@@ -323,7 +366,7 @@ pub unsafe extern "C" fn odma_core_stats(core: *const Core, stats: *mut CoreStat
         replaced: own.replaced,
         failures: own.failures,
         lost: own.lost,
-        exchange: held.counts(),
+        exchange: numbers.exchanges,
     };
     // SAFETY: the caller's promise.
     unsafe { stats.write(filled) };

@@ -5,6 +5,14 @@ use core::mem::{align_of, size_of};
 use core::sync::atomic::{AtomicU32, AtomicU64};
 use outboard_windows::{Bounds, Private, Request, Slot, Storage};
 
+/// The queues of a domain.
+#[derive(Clone, Copy)]
+pub(crate) struct Queues {
+    pub(crate) count: usize,
+    /// Entries of each.
+    pub(crate) lines: usize,
+}
+
 /// Cuts pieces off a block of memory.
 pub(crate) struct Cutter {
     at: *mut u8,
@@ -29,7 +37,7 @@ impl Cutter {
     }
 
     /// A slice of `count` default values.
-    fn slice<'a, T: Default>(&mut self, count: usize) -> Option<&'a mut [T]> {
+    pub(crate) fn slice<'a, T: Default>(&mut self, count: usize) -> Option<&'a mut [T]> {
         let first = self.room::<T>(count)?;
         for index in 0..count {
             // SAFETY: within the room just cut off, which is aligned and which nobody else uses.
@@ -40,27 +48,27 @@ impl Cutter {
     }
 
     /// All slices of a [`Storage`].
-    pub(crate) fn storage<'a>(&mut self, bounds: Bounds, lines: usize) -> Option<Storage<'a>> {
+    pub(crate) fn storage<'a>(&mut self, bounds: Bounds) -> Option<Storage<'a>> {
         Some(Storage {
             slots: self.slice::<Slot>(bounds.slots)?,
             private: self.slice::<Private>(bounds.slots)?,
             ram_map: self.slice::<AtomicU32>(bounds.ram_map)?,
             bus_keys: self.slice::<AtomicU64>(bounds.bus_keys)?,
             bus_map: self.slice::<AtomicU32>(bounds.bus_map)?,
-            batch: self.slice::<Request>(lines)?,
         })
     }
 }
 
-/// Bytes that [`Cutter::storage`] needs, and `head` more, with room to align each piece.
-pub(crate) fn bytes(bounds: Bounds, lines: usize, head: usize) -> Option<usize> {
+/// Bytes that [`Cutter::storage`] needs, a batch and `queue` bytes for each queue, and `head` more, with room to align each piece.
+pub(crate) fn bytes(bounds: Bounds, queues: Queues, head: usize, queue: usize) -> Option<usize> {
+    let batch = size_of::<Request>().checked_mul(queues.lines)?.checked_add(ALIGN)?;
     let pieces = [
         size_of::<Slot>().checked_mul(bounds.slots)?,
         size_of::<Private>().checked_mul(bounds.slots)?,
         size_of::<AtomicU32>().checked_mul(bounds.ram_map)?,
         size_of::<AtomicU64>().checked_mul(bounds.bus_keys)?,
         size_of::<AtomicU32>().checked_mul(bounds.bus_map)?,
-        size_of::<Request>().checked_mul(lines)?,
+        batch.checked_add(queue)?.checked_mul(queues.count)?,
         head,
     ];
     pieces.iter().try_fold(0usize, |sum, piece| sum.checked_add(*piece)?.checked_add(ALIGN))

@@ -6,11 +6,12 @@ use outboard_dart::{Config as DartConfig, Dart, MapError, Release};
 use outboard_dma_core::ffi::*;
 use std::cell::UnsafeCell;
 use std::ffi::c_void;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
 const MIB: u64 = 1 << 20;
 const LINES: u32 = 256;
+const QUEUES: usize = 3;
 const RAM: u64 = 64 * MIB;
 /// `ODMA_RETURNING`.
 const RETURNING: i32 = 6;
@@ -32,7 +33,6 @@ enum Mood {
 struct Device {
     dart: Dart,
     now: u64,
-    queue: Vec<[u8; 64]>,
     mood: Mood,
     status: u32,
     rings: u64,
@@ -41,7 +41,7 @@ struct Device {
 }
 
 impl Device {
-    fn work(&mut self, count: u32) {
+    fn work(&mut self, queue: &mut [[u8; 64]], count: u32) {
         self.rings += 1;
         // An exchange takes a while.
         self.now += 20;
@@ -52,10 +52,10 @@ impl Device {
         if matches!(self.mood, Mood::Batch(_) | Mood::Silent) {
             return;
         }
-        for index in 0..count as usize {
-            let mut entry = Entry::read(&self.queue[index]);
+        for raw in queue.iter_mut().take(count as usize) {
+            let mut entry = Entry::read(raw);
             self.one(&mut entry);
-            self.queue[index] = entry.bytes();
+            *raw = entry.bytes();
         }
     }
 
@@ -93,28 +93,57 @@ impl Device {
     }
 }
 
-/// The C half: a domain and its lock.
+/// What the functions of the C half find behind their context.
+struct Shared {
+    device: Mutex<Device>,
+    /// The planner's lock.
+    held: AtomicBool,
+    queues: Box<[UnsafeCell<[[u8; 64]; LINES as usize]>]>,
+}
+
+// SAFETY: a queue is touched by its owner only.
+unsafe impl Sync for Shared {}
+
+/// The C half: a domain, and whose turn it is at each queue.
 struct Module {
     core: *const Core,
-    device: Box<UnsafeCell<Device>>,
+    shared: Box<Shared>,
+    turns: [Mutex<()>; QUEUES],
     memory: Vec<u64>,
-    lock: Mutex<()>,
     hopeless: AtomicU64,
     /// Calls that waited in vain.
     gave_up: AtomicU64,
 }
 
-// SAFETY: the device is only touched under the lock.
+// SAFETY: the domain is made to be shared.
 unsafe impl Sync for Module {}
 
-extern "C" fn ring(context: *mut c_void, count: u32) {
-    // SAFETY: `Module::new` gave the device's address; the lock is held.
-    unsafe { &mut *context.cast::<Device>() }.work(count);
+fn shared(context: *mut c_void) -> &'static Shared {
+    // SAFETY: `Module::new` gave its address, and the module outlives its calls.
+    unsafe { &*context.cast::<Shared>() }
 }
 
-extern "C" fn status(context: *mut c_void) -> u32 {
-    // SAFETY: as above.
-    unsafe { &*context.cast::<Device>() }.status
+extern "C" fn ring(context: *mut c_void, queue: u32, count: u32) {
+    let shared = shared(context);
+    // SAFETY: the caller owns the queue.
+    let entries = unsafe { &mut *shared.queues[queue as usize].get() };
+    shared.device.lock().expect("no thread panics").work(entries, count);
+    // Others get between this exchange and what is made of it.
+    std::thread::yield_now();
+}
+
+extern "C" fn status(context: *mut c_void, _: u32) -> u32 {
+    shared(context).device.lock().expect("no thread panics").status
+}
+
+extern "C" fn lock(context: *mut c_void) {
+    while shared(context).held.swap(true, Ordering::Acquire) {
+        std::thread::yield_now();
+    }
+}
+
+extern "C" fn unlock(context: *mut c_void) {
+    shared(context).held.store(false, Ordering::Release);
 }
 
 impl Module {
@@ -123,35 +152,42 @@ impl Module {
         let device = Device {
             dart: Dart::new(dart).expect("a DART"),
             now: 0,
-            queue: vec![[0; 64]; LINES as usize],
             mood: Mood::Honest,
             status: 0,
             rings: 0,
             probed: false,
         };
-        let device = Box::new(UnsafeCell::new(device));
+        let queues = (0..QUEUES).map(|_| UnsafeCell::new([[0; 64]; LINES as usize])).collect();
+        let shared = Box::new(Shared { device: Mutex::new(device), held: AtomicBool::new(false), queues });
         let mut config = config(bytes, entries);
-        // SAFETY: nobody else has it yet.
-        config.queue = unsafe { &mut *device.get() }.queue.as_mut_ptr().cast();
-        config.context = device.get().cast();
+        let places: Vec<*mut u8> = shared.queues.iter().map(|queue| queue.get().cast()).collect();
+        config.queue = places.as_ptr();
+        config.context = (&raw const *shared).cast_mut().cast();
         // SAFETY: a valid configuration.
         let len = unsafe { odma_core_bytes(&config) };
         assert!(len > 0);
         let mut memory = vec![0u64; len as usize / 8 + 1];
-        // SAFETY: `memory` and the queue live as long as the module.
+        // SAFETY: `memory` and the queues live as long as the module.
         let core = unsafe { odma_core_create(&config, memory.as_mut_ptr().cast(), len) };
         assert!(!core.is_null());
         let zero = || AtomicU64::new(0);
-        Self { core, device, memory, lock: Mutex::new(()), hopeless: zero(), gave_up: zero() }
+        let turns = [const { Mutex::new(()) }; QUEUES];
+        Self { core, shared, turns, memory, hopeless: zero(), gave_up: zero() }
     }
 
-    fn lock(&self) -> MutexGuard<'_, ()> {
-        self.lock.lock().expect("no thread panics")
+    fn device(&self) -> MutexGuard<'_, Device> {
+        self.shared.device.lock().expect("no thread panics")
     }
 
-    fn device<'l>(&'l self, _: &'l mut MutexGuard<'_, ()>) -> &'l mut Device {
-        // SAFETY: under the lock.
-        unsafe { &mut *self.device.get() }
+    /// A queue that nobody uses, until the guard goes.
+    fn turn(&self) -> (u32, MutexGuard<'_, ()>) {
+        loop {
+            let free = (0u32..).zip(&self.turns).find_map(|(n, turn)| Some((n, turn.try_lock().ok()?)));
+            match free {
+                Some(free) => return free,
+                None => std::thread::yield_now(),
+            }
+        }
     }
 
     /// As in a context that may wait for addresses to return.
@@ -161,7 +197,7 @@ impl Module {
             if mapped != Err(RETURNING) {
                 break;
             }
-            self.device(&mut self.lock()).now += 500;
+            self.device().now += 500;
             mapped = self.map_at_once(start, len);
         }
         self.gave_up.fetch_add(u64::from(mapped == Err(RETURNING)), Ordering::Relaxed);
@@ -182,9 +218,9 @@ impl Module {
             return Err(hopeless);
         }
         let mut bus = 0;
-        let _held = self.lock();
-        // SAFETY: the lock is held.
-        match unsafe { odma_core_map(self.core, start, len, &mut bus) } {
+        let (queue, _turn) = self.turn();
+        // SAFETY: the queue is ours.
+        match unsafe { odma_core_map(self.core, queue, start, len, &mut bus) } {
             0 => Ok(bus),
             code => Err(code),
         }
@@ -196,15 +232,14 @@ impl Module {
     }
 
     fn trim(&self) {
-        let _held = self.lock();
-        // SAFETY: the lock is held.
-        while unsafe { odma_core_trim(self.core) } == 1 {}
+        let (queue, _turn) = self.turn();
+        // SAFETY: the queue is ours.
+        while unsafe { odma_core_trim(self.core, queue) } == 1 {}
     }
 
     fn stats(&self) -> CoreStats {
-        let _held = self.lock();
         let mut stats = CoreStats::default();
-        // SAFETY: the lock is held.
+        // SAFETY: the domain is valid.
         unsafe { odma_core_stats(self.core, &mut stats) };
         stats
     }
@@ -226,9 +261,9 @@ impl Module {
     fn is_empty(&self) -> bool {
         self.trim();
         let stats = self.stats();
-        let mut held = self.lock();
-        let device = self.device(&mut held);
-        let usage = device.dart.usage(device.now);
+        let mut device = self.device();
+        let now = device.now;
+        let usage = device.dart.usage(now);
         stats.mapped == 0
             && stats.mapped_bytes == 0
             && stats.used == 0
@@ -246,11 +281,13 @@ fn config(limit_bytes: u64, limit_entries: u32) -> Config {
         lines: LINES,
         ram,
         ram_count: 1,
-        reserved: 0,
-        queue: std::ptr::null_mut(),
+        queues: QUEUES as u32,
+        queue: std::ptr::null(),
         context: std::ptr::null_mut(),
         ring,
         status,
+        lock,
+        unlock,
     }
 }
 
@@ -266,9 +303,8 @@ fn what_is_mapped_is_where_the_device_finds_it() {
     let again = module.map(page(5), 4096).expect("maps");
     assert_eq!(again, bus - 12);
     {
-        let mut held = module.lock();
-        assert_eq!(module.device(&mut held).dart.access(bus, 100), Some(page(5) + 12));
-        assert_eq!(module.device(&mut held).rings, 1, "the second one hit");
+        assert_eq!(module.device().dart.access(bus, 100), Some(page(5) + 12));
+        assert_eq!(module.device().rings, 1, "the second one hit");
     }
     assert_eq!(module.windows().iter().map(|w| (w.references, w.live)).max(), Some((2, 4196)));
     assert!(module.unmap(bus, 100));
@@ -297,8 +333,7 @@ fn several_threads_under_pressure_leave_nothing_behind() {
                     let (bus, start, len): (u64, u64, u64) =
                         live.swap_remove(random(live.len() as u64) as usize);
                     if random(16) == 0 {
-                        let mut held = module.lock();
-                        assert_eq!(module.device(&mut held).dart.access(bus, len), Some(start));
+                        assert_eq!(module.device().dart.access(bus, len), Some(start));
                     }
                     assert!(module.unmap(bus, len));
                 } else {
@@ -325,8 +360,7 @@ fn several_threads_under_pressure_leave_nothing_behind() {
     assert_eq!((stats.lost, stats.exchange.refused), (0, 0));
     assert!(stats.evicted > 0, "there was pressure");
     assert!(module.is_empty());
-    let mut held = module.lock();
-    let device = module.device(&mut held);
+    let device = module.device();
     assert!(!device.probed, "the DART's limits were never asked beyond");
     assert_eq!(device.dart.panics(), 0);
 }
@@ -360,7 +394,7 @@ fn what_is_called_hopeless_is() {
             hopeless += 1;
             let mut bus = 0;
             // SAFETY: as above.
-            let code = unsafe { odma_core_map(module.core, start, len, &mut bus) };
+            let code = unsafe { odma_core_map(module.core, 0, start, len, &mut bus) };
             assert_eq!(code, said, "{start:#x} {len:#x}");
         } else if let Ok(bus) = module.map(start, len) {
             live.push((bus, len));
@@ -379,14 +413,14 @@ fn addresses_on_their_way_back_are_not_waited_for() {
     let first = module.map(page(0), MIB).expect("fills everything");
     assert!(module.unmap(first, MIB));
     module.trim();
-    let before = module.device(&mut module.lock()).now;
+    let before = module.device().now;
     assert_eq!(module.map_at_once(page(1024), MIB), Err(RETURNING));
-    assert!(module.device(&mut module.lock()).now - before < 100, "a few exchanges, and no more");
+    assert!(module.device().now - before < 100, "a few exchanges, and no more");
     let stats = module.stats();
     assert_eq!((stats.exchange.returning, stats.exchange.no_space, stats.failures), (2, 0, 0));
     assert_eq!((stats.mapped, stats.used), (0, 0), "nothing is left of it");
     // Who may wait does, and asks again.
-    module.device(&mut module.lock()).now += DartConfig::MAC.return_delay;
+    module.device().now += DartConfig::MAC.return_delay;
     let second = module.map(page(1024), MIB).expect("fits once the first has returned");
     assert!(module.unmap(second, MIB));
     assert!(module.is_empty());
@@ -424,7 +458,7 @@ fn refusals_fail_the_call_and_leave_nothing() {
     for (mood, failure, code) in moods {
         let module = Module::new(4 * MIB, 64);
         let keep = module.map(page(0), 4096).expect("while it is honest");
-        module.device(&mut module.lock()).mood = mood;
+        module.device().mood = mood;
         assert_eq!(module.map_at_once(page(9000), 4096), Err(failure));
         let stats = module.stats();
         assert_eq!(
@@ -433,12 +467,8 @@ fn refusals_fail_the_call_and_leave_nothing() {
             "what may be tried again is no failure yet"
         );
         assert_eq!(stats.exchange.last_refusal, u64::from(code));
-        module.device(&mut module.lock()).mood = Honest;
-        assert_eq!(
-            module.device(&mut module.lock()).dart.access(keep, 4096),
-            Some(page(0)),
-            "what was mapped stays"
-        );
+        module.device().mood = Honest;
+        assert_eq!(module.device().dart.access(keep, 4096), Some(page(0)), "what was mapped stays");
         let bus = module.map(page(9000), 4096).expect("works again");
         assert!(module.unmap(bus, 4096) && module.unmap(keep, 4096));
         assert!(module.is_empty());
@@ -448,7 +478,7 @@ fn refusals_fail_the_call_and_leave_nothing() {
 #[test]
 fn an_impossible_address_is_not_handed_out() {
     let module = Module::new(4 * MIB, 64);
-    module.device(&mut module.lock()).mood = Mood::Nonsense;
+    module.device().mood = Mood::Nonsense;
     assert_eq!(module.map(page(1), 4096), Err(5));
     assert!(module.stats().lost > 0, "what the host says is mapped stays counted");
 }
@@ -461,7 +491,7 @@ fn what_is_not_ram_is_refused_without_asking() {
     {
         assert_eq!(module.map(start, len), Err(1), "{start:#x} {len:#x}");
     }
-    assert_eq!(module.device(&mut module.lock()).rings, 0);
+    assert_eq!(module.device().rings, 0);
     assert!(module.is_empty());
 }
 
