@@ -2,6 +2,7 @@
 /* The driver of the DMA device. */
 #include "odma.h"
 
+#include <linux/delay.h>
 #include <linux/ioport.h>
 #include <linux/module.h>
 #include <linux/vmalloc.h>
@@ -53,7 +54,8 @@ u32 odma_queue_take(struct odma_domain *domain, unsigned long *flags)
 	u32 queue;
 
 	local_irq_save(*flags);
-	queue = raw_smp_processor_id() % domain->queue_count;
+	/* The last is for what nobody waits for. */
+	queue = raw_smp_processor_id() % (domain->queue_count - 1);
 	raw_spin_lock(&domain->queue_locks[queue]);
 	return queue;
 }
@@ -199,14 +201,16 @@ static int check(struct odma_domain *domain)
 	struct pci_dev *pdev = domain->pdev;
 	u32 magic = readl(domain->regs + ODMA_MAGIC), version = readl(domain->regs + ODMA_VERSION);
 	u32 granule = readl(domain->regs + ODMA_GRANULE), batch = readl(domain->regs + ODMA_BATCH);
+	u32 queues = readl(domain->regs + ODMA_QUEUES), features = readl(domain->regs + ODMA_FEATURES);
 
 	if (magic != ODMA_MAGIC_VALUE || version >> 16 != ODMA_VERSION_VALUE >> 16) {
 		pci_err(pdev, "unknown protocol (magic %#x, version %#x); this module speaks %u.x\n", magic, version,
 			ODMA_VERSION_VALUE >> 16);
 		return -ENODEV;
 	}
-	if (granule != SZ_16K || batch < ODMA_MAX_BATCH) {
-		pci_err(pdev, "granule %u or batch %u cannot be used\n", granule, batch);
+	if (granule != SZ_16K || batch < ODMA_MAX_BATCH || queues < 2 || !(features & ODMA_FEATURE_LATER)) {
+		pci_err(pdev, "granule %u, batch %u, %u queues or features %#x cannot be used\n", granule, batch, queues,
+			features);
 		return -ENODEV;
 	}
 	domain->served = readl(domain->regs + ODMA_SERVED);
@@ -246,19 +250,27 @@ int odma_start(struct odma_domain *domain)
 	return 0;
 }
 
-/* Gives all idle windows back, some at a time: interrupts are off while the host takes them down. */
+/* Gives all idle windows back, while other calls go on: batches for later, in a queue that no CPU uses. Under odma_mutex. */
 void odma_trim(struct odma_domain *domain)
 {
-	unsigned long flags;
-	int more;
+	u32 queue = domain->queue_count - 1, count;
 
 	do {
-		u32 queue = odma_queue_take(domain, &flags);
+		unsigned long flags;
 
-		more = odma_core_trim(domain->core, queue);
-		odma_queue_give(domain, queue, flags);
-		cond_resched();
-	} while (more);
+		local_irq_save(flags);
+		count = odma_core_trim(domain->core, queue);
+		local_irq_restore(flags);
+		if (!count)
+			break;
+		trace_odma_ring(&domain->pdev->dev, count);
+		writel(count, domain->regs + QUEUE(queue, ODMA_QUEUE_DOORBELL_LATER));
+		while (status(domain, queue) == ODMA_STATUS_BUSY)
+			usleep_range(200, 1000);
+		local_irq_save(flags);
+		odma_core_trimmed(domain->core, queue);
+		local_irq_restore(flags);
+	} while (count);
 }
 
 static void free_domain(struct odma_domain *domain)
@@ -274,12 +286,12 @@ static void free_domain(struct odma_domain *domain)
 	kfree(domain);
 }
 
-/* One for each CPU, as far as the device has them. */
+/* One for each CPU, as far as the device has them, and one for odma_trim. */
 static int make_queues(struct odma_domain *domain)
 {
-	u32 queue, most = min_t(u32, nr_cpu_ids, ODMA_MAX_QUEUES);
+	u32 queue, most = min_t(u32, nr_cpu_ids + 1, ODMA_MAX_QUEUES);
 
-	domain->queue_count = clamp(readl(domain->regs + ODMA_QUEUES), 1u, most);
+	domain->queue_count = clamp(readl(domain->regs + ODMA_QUEUES), 2u, most);
 	for (queue = 0; queue < domain->queue_count; queue++) {
 		raw_spin_lock_init(&domain->queue_locks[queue]);
 		domain->queues[queue] = alloc_pages_exact(QUEUE_BYTES, GFP_KERNEL | __GFP_ZERO);

@@ -92,7 +92,8 @@ u64 odma_core_next_window(const struct odma_core *core, u64 from, struct odma_wi
 /* With a queue of one's own, and interrupts off. */
 int odma_core_map(const struct odma_core *core, u32 queue, u64 start, u64 len, u64 *bus);
 int odma_core_map_list(const struct odma_core *core, u32 queue, struct odma_list *list);
-int odma_core_trim(const struct odma_core *core, u32 queue);
+u32 odma_core_trim(const struct odma_core *core, u32 queue);
+void odma_core_trimmed(const struct odma_core *core, u32 queue);
 
 /* Interrupts are off. */
 void odma_core_stats(const struct odma_core *core, struct odma_core_stats *stats);

@@ -50,7 +50,7 @@ struct odma_domain {
 	raw_spinlock_t lock;		/* around what the core's calls share, shortly; raw: taken in any context */
 	u32 queue_count;
 	u8 *queues[ODMA_MAX_QUEUES];	/* their entries */
-	raw_spinlock_t queue_locks[ODMA_MAX_QUEUES];	/* for a call's time; CPUs share a queue only where there are fewer */
+	raw_spinlock_t queue_locks[ODMA_MAX_QUEUES];	/* for a call's time; CPUs share a queue only where there are too few */
 	struct odma_record *record;
 	struct dentry *debugfs;
 	struct list_head list;		/* of all, under odma_mutex */

@@ -33,10 +33,10 @@
 #define ODMA_GRANULE 0x1cu
 /* R, 32 bits: width of the bus addresses that come back. */
 #define ODMA_ADDRESS_BITS 0x20u
-/* R, 32 bits: number of queues, 1 to MAX_QUEUES: one for each vCPU. */
+/* R, 32 bits: number of queues, 2 to MAX_QUEUES: one for each vCPU, and one for what nobody waits for. */
 #define ODMA_QUEUES 0x24u
 /* Most queues there can be. */
-#define ODMA_MAX_QUEUES 0x20u
+#define ODMA_MAX_QUEUES 0x21u
 /* R, 32 bits: most entries of a batch. */
 #define ODMA_BATCH 0x28u
 /* Entries of a batch that every device takes. */

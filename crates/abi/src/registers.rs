@@ -41,10 +41,10 @@ constants! { REGISTERS:
     GRANULE: u32 = 0x01c;
     /// R, 32 bits: width of the bus addresses that come back.
     ADDRESS_BITS: u32 = 0x020;
-    /// R, 32 bits: number of queues, 1 to [`MAX_QUEUES`]: one for each vCPU.
+    /// R, 32 bits: number of queues, 2 to [`MAX_QUEUES`]: one for each vCPU, and one for what nobody waits for.
     QUEUES: u32 = 0x024;
     /// Most queues there can be.
-    MAX_QUEUES: u32 = 32;
+    MAX_QUEUES: u32 = 33;
     /// R, 32 bits: most entries of a batch.
     BATCH: u32 = 0x028;
     /// Entries of a batch that every device takes.

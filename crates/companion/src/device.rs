@@ -17,8 +17,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 pub struct Config {
     /// Device number on bus 0 of the root port whose slot it serves, 1 to 31: one for each companion of a machine.
     pub port: u8,
-    /// Queues, one for each vCPU; 1 to [`abi::MAX_QUEUES`], more are not given.
-    pub queues: u32,
+    /// The guest's vCPUs: there is a queue for each, and one more, up to [`abi::MAX_QUEUES`].
+    pub vcpus: u32,
     /// Guest RAM.
     pub ram: GuestMemory,
     /// What the registers say while the slot is empty: what is to be expected of a device there.
@@ -50,10 +50,11 @@ impl Companion {
     /// # Errors
     /// The operating system's, when it has no thread.
     pub fn new(config: Config) -> io::Result<Arc<Self>> {
-        let Config { port, queues, ram, limits } = config;
+        let Config { port, vcpus, ram, limits } = config;
         let name = format!("dma{port}");
         let core = Arc::new(Core::new(name, port, ram));
-        let queues: Arc<[Queue]> = (0..queues.clamp(1, abi::MAX_QUEUES)).map(|_| Queue::default()).collect();
+        let queues = vcpus.saturating_add(1).clamp(2, abi::MAX_QUEUES);
+        let queues: Arc<[Queue]> = (0..queues).map(|_| Queue::default()).collect();
         let worker = Worker::start(&core, &queues)?;
         let mut space = ConfigSpace::endpoint(Identity {
             vendor: abi::PCI_VENDOR,

@@ -44,7 +44,7 @@ pub(crate) fn companion(
         _ => DartConfig::MAC,
     };
     let limits = DmaLimits { bytes: dart.bytes, entries: dart.entries, granule: GRANULE, address_bits: 32 };
-    let config = Config { port: place.port, queues: spec.cpus, ram: ram.memory().clone(), limits };
+    let config = Config { port: place.port, vcpus: spec.cpus, ram: ram.memory().clone(), limits };
     let companion = Companion::new(config).map_err(Error::Thread)?;
     root.add(device, 0, companion.clone())?;
     let layout = expected.map_or(Some(Layout::A), |device| device.published);

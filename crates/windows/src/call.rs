@@ -65,7 +65,7 @@ pub enum Failure {
     Entries,
     /// The host found no space although the budgets have room: it is in pieces.
     NoSpace,
-    /// The host will have space when what was given back is free again: the same call may succeed in some milliseconds.
+    /// There will be space when what was or is being given back is free: the same call may succeed in some milliseconds.
     Returning,
     /// The host refused, or gave an address that cannot be used.
     Host,

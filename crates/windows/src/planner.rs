@@ -139,6 +139,8 @@ impl<'a> Planner<'a> {
 
     /// Takes the outcomes noted in [`Call::batch`] and goes on with the call.
     pub fn resume(&mut self, table: &Table<'_>, call: &mut Call<'_>, list: &mut dyn List) -> Step {
+        self.away = self.away.saturating_sub(1);
+        self.settled = self.settled.saturating_add(1);
         match self.settle(table, call) {
             Outcome::Done => {}
             Outcome::NoSpace if call.refused.saturating_add(1) < ROUNDS => {
@@ -164,7 +166,11 @@ impl<'a> Planner<'a> {
                 break;
             }
         }
-        if call.lines() == 0 { Step::Done } else { self.ask() }
+        if call.lines() == 0 {
+            return Step::Done;
+        }
+        self.stats.exchanges = self.stats.exchanges.wrapping_add(1);
+        Step::Ask
     }
 
     /// Takes the outcomes of a batch that [`Self::trim`] made.
@@ -355,6 +361,9 @@ impl<'a> Planner<'a> {
                 return Room::BatchFull;
             }
             if !self.evict_one(table, call) {
+                // What is being given back in other batches will be free, but not at once.
+                let soon = self.closing.entries > call.closing.entries;
+                let failure = if soon { Failure::Returning } else { failure };
                 return if self.may_wait(call) { Room::Busy } else { Room::None(failure) };
             }
         }

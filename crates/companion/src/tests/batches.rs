@@ -19,7 +19,7 @@ fn registers_say_who_it_is_and_what_it_can() {
         (abi::LIMIT_ENTRIES, 666),
         (abi::GRANULE, 16384),
         (abi::ADDRESS_BITS, 32),
-        (abi::QUEUES, 4),
+        (abi::QUEUES, 5),
         (abi::BATCH, 256),
         (abi::STATE, 0),
     ];
@@ -34,7 +34,7 @@ fn registers_say_who_it_is_and_what_it_can() {
         assert_eq!(rig.companion.bar_read(0, at, width), Err(AccessError::BadWidth), "{at:#x} {width:?}");
         assert!(rig.companion.bar_write(0, at, width, 1).is_err());
     }
-    for at in [0x2c, 0x38, 0x7c, 0x480, 0xffc, 0x408] {
+    for at in [0x2c, 0x38, 0x7c, 0x4a0, 0xffc, 0x408] {
         assert_eq!(half(at), Err(AccessError::NoRegister), "{at:#x}");
     }
     assert_eq!(rig.companion.bar_write(0, 0, Width::B4, 7), Err(AccessError::NoRegister));

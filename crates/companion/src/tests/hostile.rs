@@ -34,7 +34,7 @@ fn handles_of_another_device_name_nothing() {
     let domain = outboard_host_pci::simulated::SimulatedDomain::mac(DART).unwrap();
     let config = crate::Config {
         port: 6,
-        queues: 1,
+        vcpus: 1,
         ram: one.ram.clone(),
         limits: outboard_host_pci::DmaDomain::limits(&*domain),
     };

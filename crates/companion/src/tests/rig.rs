@@ -139,7 +139,7 @@ impl Rig {
             domain: domain.clone(),
         });
         let limits = DmaLimits { bytes: 1, entries: 1, granule: PAGE, address_bits: 32 };
-        let companion = Companion::new(Config { port: 5, queues: 4, ram: ram.clone(), limits }).unwrap();
+        let companion = Companion::new(Config { port: 5, vcpus: 4, ram: ram.clone(), limits }).unwrap();
         assert!(companion.attach(checked.clone(), slot.clone()));
         Self { companion, ram, domain, checked, device, slot }
     }

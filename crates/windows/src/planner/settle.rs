@@ -13,8 +13,6 @@ impl Planner<'_> {
     /// Takes over the outcomes of the batch; the worst one of mappings that somebody waits for.
     pub(super) fn settle(&mut self, table: &Table<'_>, call: &mut Call<'_>) -> Outcome {
         let mut worst = Outcome::Done;
-        self.away = self.away.saturating_sub(1);
-        self.settled = self.settled.saturating_add(1);
         self.forget(call);
         for index in 0..call.lines() {
             let Some(request) = call.line(index) else { break };

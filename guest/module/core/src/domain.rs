@@ -1,14 +1,11 @@
 //! The mappings of one DMA device: all functions of one slot.
 
-use crate::exchange::{Counts, Device, exchange};
+use crate::exchange::{Counts, Device, exchange, put, receive_all};
 use core::cell::UnsafeCell;
 use outboard_windows::{
     Call, Failure, Limits, List, Planner, Policy, Range, Segment, Stats, Step, Storage, StorageError, Table,
     UnknownMapping, Use, Window,
 };
-
-/// Windows that [`Domain::trim`] gives back in one exchange: it has interrupts off.
-const TRIM: u32 = 32;
 
 /// The lock around the planner, as the C half has it. Calls of [`Domain`] hold it shortly, and never while the host is asked.
 pub trait Lock {
@@ -170,23 +167,34 @@ impl<'a, D: Device, L: Lock> Domain<'a, D, L> {
         Ok(list[0].bus)
     }
 
-    /// Gives up to [`TRIM`] idle windows back to the host, oldest first. Whether there may be more.
+    /// Puts a batch of idle windows, oldest first, into queue `number` to be given back: how many. The caller has the device take them down and
+    /// then calls [`Self::trimmed`]; other calls go on meanwhile.
     ///
     /// # Safety
-    /// As [`Self::map_list`].
+    /// The caller has queue `number` to itself until then; interrupts are off.
     #[allow(unsafe_code, reason = "the C half gives each queue to one call at a time")]
-    pub unsafe fn trim(&self, number: usize) -> bool {
+    pub unsafe fn trim(&self, number: usize) -> u32 {
         // SAFETY: the caller's promise.
-        let Some((call, device)) = (unsafe { self.queue(number) }) else { return false };
-        if self.locked(|slow| slow.planner.trim(&self.table, call, TRIM)) != Step::Ask {
-            return false;
+        let Some((call, device)) = (unsafe { self.queue(number) }) else { return 0 };
+        match self.locked(|slow| slow.planner.trim(&self.table, call, u32::MAX)) {
+            Step::Ask => put(device, call.batch()),
+            Step::Done | Step::Wait | Step::Failed(_) => 0,
         }
-        let counts = exchange(device, call.batch());
+    }
+
+    /// Takes over what became of a batch that [`Self::trim`] made.
+    ///
+    /// # Safety
+    /// As there.
+    #[allow(unsafe_code, reason = "the C half gives each queue to one call at a time")]
+    pub unsafe fn trimmed(&self, number: usize) {
+        // SAFETY: the caller's promise.
+        let Some((call, device)) = (unsafe { self.queue(number) }) else { return };
+        let counts = receive_all(device, call.batch());
         self.locked(|slow| {
             slow.counts.add(counts);
             slow.planner.settle_trim(&self.table, call);
         });
-        true
     }
 
     /// What there is and was. Interrupts are off.

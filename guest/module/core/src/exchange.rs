@@ -55,16 +55,27 @@ impl Counts {
 
 /// Sends `batch` to the device and notes the outcomes in it.
 pub fn exchange(device: &mut impl Device, batch: &mut [Request]) -> Counts {
+    let count = put(device, batch);
+    if count != 0 {
+        device.ring(count);
+    }
+    receive_all(device, batch)
+}
+
+/// Puts `batch` into the queue; the number of entries.
+pub fn put(device: &mut impl Device, batch: &[Request]) -> u32 {
     let mut count = 0u32;
     for line in batch.iter() {
         device.put(count, encode(line).bytes());
         count = count.saturating_add(1);
     }
-    if count == 0 {
-        return Counts::default();
-    }
-    let mut counts = Counts { rings: 1, entries: count.into(), ..Counts::default() };
-    device.ring(count);
+    count
+}
+
+/// Notes the device's answers to `batch`, which it has worked through.
+pub fn receive_all(device: &mut impl Device, batch: &mut [Request]) -> Counts {
+    let entries = batch.len() as u64;
+    let mut counts = Counts { rings: u64::from(entries != 0), entries, ..Counts::default() };
     for (index, line) in (0u32..).zip(batch.iter_mut()) {
         let entry = Entry::read(&device.get(index));
         receive(device, line, entry, &mut counts);

@@ -299,14 +299,25 @@ pub unsafe extern "C" fn odma_core_map_list(core: *const Core, queue: u32, list:
     }
 }
 
-/// Gives a batch of idle windows back: 1 if there may be more, 0 if nothing is idle.
+/// Puts a batch of idle windows into queue `queue` to be given back: how many entries, which the caller has the device work through. Then
+/// [`odma_core_trimmed`]; 0 if nothing is idle.
 ///
 /// # Safety
-/// As [`odma_core_map`].
+/// As [`odma_core_map`], until [`odma_core_trimmed`] has returned; interrupts may be on in between.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn odma_core_trim(core: *const Core, queue: u32) -> i32 {
+pub unsafe extern "C" fn odma_core_trim(core: *const Core, queue: u32) -> u32 {
     // SAFETY: the caller's promise.
-    i32::from(unsafe { (*core).trim(queue as usize) })
+    unsafe { (*core).trim(queue as usize) }
+}
+
+/// Takes over what the device has made of the entries of [`odma_core_trim`].
+///
+/// # Safety
+/// As there.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn odma_core_trimmed(core: *const Core, queue: u32) {
+    // SAFETY: the caller's promise.
+    unsafe { (*core).trimmed(queue as usize) }
 }
 
 /// `struct odma_core_stats`.

@@ -233,8 +233,24 @@ impl Module {
 
     fn trim(&self) {
         let (queue, _turn) = self.turn();
-        // SAFETY: the queue is ours.
-        while unsafe { odma_core_trim(self.core, queue) } == 1 {}
+        while self.start_trim(queue) {
+            self.end_trim(queue);
+        }
+    }
+
+    /// The first half of giving back what is idle: the device has it. False if nothing is.
+    fn start_trim(&self, queue: u32) -> bool {
+        // SAFETY: the caller has the queue.
+        let count = unsafe { odma_core_trim(self.core, queue) };
+        if count > 0 {
+            ring((&raw const *self.shared).cast_mut().cast(), queue, count);
+        }
+        count > 0
+    }
+
+    fn end_trim(&self, queue: u32) {
+        // SAFETY: as above.
+        unsafe { odma_core_trimmed(self.core, queue) };
     }
 
     fn stats(&self) -> CoreStats {
@@ -423,6 +439,24 @@ fn addresses_on_their_way_back_are_not_waited_for() {
     module.device().now += DartConfig::MAC.return_delay;
     let second = module.map(page(1024), MIB).expect("fits once the first has returned");
     assert!(module.unmap(second, MIB));
+    assert!(module.is_empty());
+}
+
+#[test]
+fn what_is_being_given_back_is_no_room_yet_and_holds_nobody_up() {
+    let module = Module::new(MIB, 64);
+    let first = module.map(page(0), MIB - 65536).expect("nearly everything");
+    assert!(module.unmap(first, MIB - 65536));
+    let (queue, _turn) = module.turn();
+    assert!(module.start_trim(queue));
+    // Without having heard of its end: what fits beside it does, the rest may come later.
+    let small = module.map_at_once(page(4096), 4096).expect("there is room for that");
+    assert_eq!(module.map_at_once(page(1024), MIB / 2), Err(RETURNING));
+    module.end_trim(queue);
+    drop(_turn);
+    module.device().now += DartConfig::MAC.return_delay;
+    let large = module.map_at_once(page(1024), MIB / 2).expect("now there is room");
+    assert!(module.unmap(large, MIB / 2) && module.unmap(small, 4096));
     assert!(module.is_empty());
 }
 

@@ -337,7 +337,10 @@ fn changing_entries(devices: &[DmaDevice]) -> Result<()> {
 fn works(devices: &[DmaDevice], nvme: &RawNvme) -> Result<()> {
     let port = |device: &DmaDevice| device.read(register::SERVED) >> 3;
     let lower = devices.iter().min_by_key(|device| port(device)).context("a device")?;
-    ensure!(devices.iter().all(|device| device.read(register::QUEUES) == CPUS), "queues for each vCPU");
+    ensure!(
+        devices.iter().all(|device| device.read(register::QUEUES) == CPUS + 1),
+        "a queue for each vCPU, and one"
+    );
     // The disk was given first.
     lower.start();
     let mapped = nvme.pages.iter().map(|page| lower.map_page(page)).collect::<Result<Vec<_>>>()?;
