@@ -184,7 +184,7 @@ fuzz_target!(|input: Input| {
     let inner = SimulatedDomain::mac(DART).unwrap();
     let host = ram().get_host_address(GuestAddress(RAM)).unwrap() as u64;
     let domain = Arc::new(Checked { inner: inner.clone(), host });
-    let config = Config { port: 3, queues: 2, ram: ram().clone(), limits: domain.limits() };
+    let config = Config { port: 3, vcpus: 2, ram: ram().clone(), limits: domain.limits() };
     let companion = Companion::new(config).unwrap();
     assert!(companion.attach(domain, Arc::new(Quiet)));
     let layout = if input.layout_b { Layout::B } else { Layout::A };
