@@ -66,7 +66,7 @@ fn beside_one_another(rough: bool) -> u64 {
     let slow = Mutex::new(planner);
     let host = Mutex::new(Host::default());
     let rounds = match () {
-        () if cfg!(miri) => 300,
+        () if cfg!(miri) => 20,
         () if cfg!(debug_assertions) => 20_000,
         () => 200_000,
     };
