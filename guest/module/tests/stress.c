@@ -252,8 +252,6 @@ static int make_workers(void (*step)(struct worker *), u64 most, u64 stride, u32
 		worker->first = i++;
 		worker->stride = stride;
 		worker->whole = whole;
-		/* Memory mapped several times over at the same time: a driver may only have it read then. */
-		worker->direction = step == stress_mixed_step ? DMA_TO_DEVICE : DMA_BIDIRECTIONAL;
 		worker->rounds = rounds;
 		prandom_seed_state(&worker->random, 4711 + cpu);
 		init_completion(&worker->done);

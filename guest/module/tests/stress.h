@@ -52,7 +52,6 @@ struct worker {
 	u32 rounds;
 	u64 first, stride;	/* of the pieces that the vCPUs share out among themselves */
 	bool whole;		/* map each piece whole, not a page of it */
-	enum dma_data_direction direction;
 };
 
 /* All pages of RAM that may be mapped: RAM without a hole, found at the start. */

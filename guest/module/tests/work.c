@@ -3,6 +3,11 @@
 #include "stress.h"
 
 #include <linux/mm.h>
+#include <linux/sched/task_stack.h>
+#include <linux/vmalloc.h>
+
+/* The device reads and writes nothing. Mapped to be read, a page may be mapped several times: DMA_API_DEBUG objects otherwise. */
+#define DIRECTION DMA_TO_DEVICE
 
 u32 stress_random(struct worker *worker, u32 below)
 {
@@ -15,14 +20,31 @@ static void wrong(struct worker *worker, const char *what)
 		worker->wrong = what;
 }
 
+/* Whether a page is of the stack in use. No driver may map that, says DMA_API_DEBUG. */
+static bool on_stack(unsigned long pfn)
+{
+#ifdef CONFIG_VMAP_STACK
+	struct vm_struct *area = task_stack_vm_area(current);
+	unsigned int i;
+
+	for (i = 0; area && i < area->nr_pages; i++)
+		if (page_to_pfn(area->pages[i]) == pfn)
+			return true;
+#endif
+	return false;
+}
+
 void stress_map(struct worker *worker, phys_addr_t phys, u32 len)
 {
 	dma_addr_t bus;
 
 	if (worker->count == worker->most)
 		return;
+	/* The page before it instead: RAM does not begin with a stack. */
+	while (on_stack(PHYS_PFN(phys)))
+		phys -= PAGE_SIZE;
 	bus = dma_map_page_attrs(worker->dev, pfn_to_page(PHYS_PFN(phys)), offset_in_page(phys), len,
-				 worker->direction, DMA_ATTR_NO_WARN);
+				 DIRECTION, DMA_ATTR_NO_WARN);
 	if (dma_mapping_error(worker->dev, bus)) {
 		worker->failed++;
 		return;
@@ -38,7 +60,7 @@ void stress_unmap(struct worker *worker, u32 index)
 {
 	struct mapping *gone = &worker->live[index];
 
-	dma_unmap_page_attrs(worker->dev, gone->bus, gone->len, worker->direction, 0);
+	dma_unmap_page_attrs(worker->dev, gone->bus, gone->len, DIRECTION, 0);
 	*gone = worker->live[--worker->count];
 }
 
@@ -78,9 +100,11 @@ void stress_map_list(struct worker *worker, struct list *list)
 	for_each_sg(list->table.sgl, sg, nents, i) {
 		/* Runs of neighbours, as drivers have them, and jumps. */
 		at = stress_random(worker, 4) ? at + 1 : stress_random(worker, pages);
+		while (on_stack(pfn + at % pages))
+			at++;
 		sg_set_page(sg, pfn_to_page(pfn + at % pages), PAGE_SIZE, 0);
 	}
-	segments = dma_map_sg_attrs(worker->dev, list->table.sgl, nents, worker->direction,
+	segments = dma_map_sg_attrs(worker->dev, list->table.sgl, nents, DIRECTION,
 				    DMA_ATTR_NO_WARN);
 	if (!segments) {
 		worker->lists_failed++;
@@ -95,7 +119,7 @@ void stress_map_list(struct worker *worker, struct list *list)
 
 void stress_unmap_list(struct worker *worker, struct list *list)
 {
-	dma_unmap_sg_attrs(worker->dev, list->table.sgl, list->nents, worker->direction, 0);
+	dma_unmap_sg_attrs(worker->dev, list->table.sgl, list->nents, DIRECTION, 0);
 	list->nents = 0;
 }
 
