@@ -23,14 +23,14 @@ static void wrong(struct worker *worker, const char *what)
 /* Whether a page is of the stack in use. No driver may map that, says DMA_API_DEBUG. */
 static bool on_stack(unsigned long pfn)
 {
-#ifdef CONFIG_VMAP_STACK
 	struct vm_struct *area = task_stack_vm_area(current);
 	unsigned int i;
 
-	for (i = 0; area && i < area->nr_pages; i++)
+	if (!area)
+		return object_is_on_stack(page_address(pfn_to_page(pfn)));
+	for (i = 0; i < area->nr_pages; i++)
 		if (page_to_pfn(area->pages[i]) == pfn)
 			return true;
-#endif
 	return false;
 }
 
