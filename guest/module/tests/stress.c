@@ -88,12 +88,11 @@ static void spread_step(struct worker *worker)
 static bool refill(struct worker *worker)
 {
 	u32 had = worker->count;
-	struct mapping *spare = &worker->live[worker->most - worker->spare];
-	phys_addr_t phys = spare->phys;
+	phys_addr_t phys;
 
 	if (!worker->spare)
 		return false;
-	worker->spare--;
+	phys = worker->live[worker->most - worker->spare--].phys;
 	stress_map(worker, phys, worker->stride);
 	if (worker->count > had)
 		return true;
