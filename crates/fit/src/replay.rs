@@ -151,7 +151,7 @@ pub struct LimitsError {
 /// Replays `trace` under `limits`.
 ///
 /// # Errors
-/// [`LimitsError`] if the limits are less than one granule or entry.
+/// [`LimitsError`] if the limits are less than one granule or entry, or the trace's addresses need more than 4 TiB of RAM around them.
 pub fn replay(trace: &Trace, policy: Policy, limits: Limits, detail: Detail) -> Result<Replay, LimitsError> {
     let ram = ram(trace);
     let ram_bytes: u64 = ram.iter().map(|range| range.len).sum();
