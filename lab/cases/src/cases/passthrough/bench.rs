@@ -53,7 +53,7 @@ fn host(host: &Host) -> Result<Option<String>> {
     // The pluggable one has its MSI-X table away from the other registers, which are mapped into the guest; the other has both in
     // one page of 16 KiB, which Outboard traps.
     let assigned = Assigned::bind_pluggable(&[Port::Pluggable, Port::Nvme])?;
-    // Otherwise luck decides, by up to a factor of 3 on either monitor.
+    // Otherwise luck decides by more than the monitors differ (docs/lab.md).
     let _both_alike = OneCpu::new()?;
     for run in 0..=RUNS {
         // Who is first changes, so that a machine that gets slower or faster favours neither.
