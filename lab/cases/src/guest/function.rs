@@ -72,6 +72,20 @@ impl GuestFunction {
         })
     }
 
+    /// Gives it to `driver`, which is loaded.
+    pub fn bind(&self, driver: &str) -> Result<()> {
+        let place = Path::new("/sys/bus/pci/drivers").join(driver).join("bind");
+        fs::write(place, &self.address)
+            .with_context(|| format!("{driver} does not bind to {}", self.address))?;
+        self.wait_driver(driver)
+    }
+
+    /// Takes it from its driver.
+    pub fn unbind(&self) -> Result<()> {
+        fs::write(self.folder().join("driver/unbind"), &self.address)
+            .with_context(|| format!("cannot take {} from its driver", self.address))
+    }
+
     /// Takes it from its driver, and maps the first page of BAR `index`.
     pub fn take_registers(&self, index: u8) -> Result<Registers> {
         let driver = self.folder().join("driver");

@@ -10,7 +10,6 @@ use anyhow::{Context, Result, ensure};
 use serde_json::json;
 use std::fs;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
@@ -126,10 +125,8 @@ pub fn on_disk(guest: &Guest, function: &GuestFunction, driver: &str) -> Result<
 
 /// Takes the driver away and gives it back.
 pub fn rebind(function: &GuestFunction, driver: &str) -> Result<()> {
-    fs::write(function.folder().join("driver/unbind"), &function.address)?;
-    fs::write(Path::new("/sys/bus/pci/drivers").join(driver).join("bind"), &function.address)
-        .with_context(|| format!("{driver} does not bind again"))?;
-    function.wait_driver(driver)
+    function.unbind()?;
+    function.bind(driver)
 }
 
 /// Writes and reads its part of the disk, [`BLOCKS`] long, while `more` of the round holds; the number of I/O errors. What was read must be right.

@@ -87,7 +87,7 @@ fn rebind(guest: &mut Guest) -> Result<()> {
     disk.flush()?;
     drop(disk);
     for _ in 0..REBINDS {
-        fs::write(function.folder().join("driver/unbind"), &function.address)?;
+        function.unbind()?;
         let stats = Stats::read(&domains()?[0])?;
         for key in ["mapped_windows", "mapped_bytes", "used_windows", "live", "leaks"] {
             ensure!(stats.value(key)? == 0, "{key} without a driver:\n{}", stats.text);

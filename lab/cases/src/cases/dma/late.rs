@@ -91,10 +91,10 @@ fn late(guest: &mut Guest) -> Result<()> {
     std::thread::sleep(Duration::from_secs(5));
     ensure!(stats_of(&card)?.value("maps")? == 0, "something was mapped for a driver that is not served");
     guest.note("refused", line);
-    bind(&disk, "nvme")?;
+    disk.bind("nvme")?;
     works(&disk)?;
-    fs::write(card.folder().join("driver/unbind"), &card.address)?;
-    bind(&card, "e1000e")?;
+    card.unbind()?;
+    card.bind("e1000e")?;
     guest_end(guest, &card)?;
     for function in [&disk, &card] {
         let stats = stats_of(function)?;
@@ -124,13 +124,6 @@ fn without_module() -> Result<GuestFunction> {
     ensure!(!disk.folder().join("driver").exists(), "the driver has the disk");
     ensure!(!Path::new("/dev/nvme0n1").exists(), "there is a disk without DMA");
     Ok(disk)
-}
-
-fn bind(function: &GuestFunction, driver: &str) -> Result<()> {
-    let place = Path::new("/sys/bus/pci/drivers").join(driver).join("bind");
-    fs::write(place, &function.address)
-        .with_context(|| format!("{driver} does not bind to {}", function.address))?;
-    function.wait_driver(driver)
 }
 
 /// The data of the NVMe disk at `function`.

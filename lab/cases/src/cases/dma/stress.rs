@@ -226,7 +226,7 @@ fn traced(guest: &Guest, function: &GuestFunction, command: &str) -> Result<()> 
 
 /// Without a driver there are no windows, and the list of them is empty.
 fn nothing_is_left(function: &GuestFunction) -> Result<()> {
-    fs::write(function.folder().join("driver/unbind"), &function.address)?;
+    function.unbind()?;
     let folder = &domains()?[0];
     check_windows(folder)?;
     let stats = Stats::read(folder)?;
@@ -250,7 +250,7 @@ fn leaks(guest: &Guest, function: &GuestFunction) -> Result<()> {
         check_windows(&domains()?[0])? == (LEAKED as u64, 4096 * LEAKED as u64),
         "other mappings than those made"
     );
-    fs::write(function.folder().join("driver/unbind"), &function.address)?;
+    function.unbind()?;
     let stats = Stats::read(&domains()?[0])?;
     guest.note("stress", vec!["unbound".to_owned(), stats.text.clone()]);
     ensure!(stats.value("leaks")? == LEAKED, "leaks:\n{}", stats.text);
