@@ -16,7 +16,7 @@ pub use error::Error;
 pub use folder::Folder;
 pub use name::Name;
 pub use protocol::{
-    Answer, Counters, DeviceFunction, Disk, DmaCounters, GuestState, Network, Request, Slot, SlotState,
+    Answer, Counters, DeviceFunction, Disk, DmaCounters, FailedDevice, GuestState, Network, Request, Slot, SlotState,
     VmStatus,
 };
 pub use server::{Handler, Server};

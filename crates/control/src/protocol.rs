@@ -74,6 +74,9 @@ pub struct VmStatus {
     pub disks: Vec<Disk>,
     /// Networks, in order.
     pub networks: Vec<Network>,
+    /// Devices that have failed and are out of use, though the machine works on.
+    #[serde(default)]
+    pub failed: Vec<FailedDevice>,
     /// Counts since the last boot; none while there is no machine.
     pub counters: Option<Counters>,
 }
@@ -146,6 +149,15 @@ pub struct DeviceFunction {
     pub class: String,
     /// Why it was lost, if it was.
     pub lost: Option<String>,
+}
+
+/// A virtio device that has failed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FailedDevice {
+    /// The name that the log has for it, such as `net0`.
+    pub name: String,
+    /// Why it failed.
+    pub why: String,
 }
 
 /// A disk.

@@ -90,6 +90,9 @@ impl Host {
                 DeviceKind::Entropy => Box::new(Entropy::new()),
             });
         }
+        for device in &devices {
+            board.follow(device.name(), device.health());
+        }
         let slots = spec.devices.iter().map(|device| HostSlot::open(*device).map(Some));
         let mut slots: Vec<Option<HostSlot>> = slots.collect::<Result<_, _>>()?;
         slots.resize_with(slots.len() + spec.spare_ports, || None);

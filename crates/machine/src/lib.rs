@@ -25,6 +25,7 @@ pub use error::Error;
 pub use plan::Plan;
 pub use run::{Outcome, run};
 pub use spec::{DeviceSpec, DiskSpec, MachineSpec, VsockSpec, parse_size};
+pub use outboard_virtio::is_panic_contained;
 pub use terminal::restore_terminal;
 
 /// Exit status of a process whose machine was stopped hard.

@@ -4,11 +4,12 @@ use crate::MachineSpec;
 use outboard_bus::MmioBus;
 use outboard_companion::Companion;
 use outboard_control::{
-    Counters, DeviceFunction, Disk, DmaCounters, GuestState, Name, Network, Slot, SlotState, VmStatus,
+    Counters, DeviceFunction, Disk, DmaCounters, FailedDevice, GuestState, Name, Network, Slot, SlotState, VmStatus,
 };
 use outboard_host_pci::{HostFunction, Selection};
 use outboard_passthrough::{Loss, Vacated};
 use outboard_pci::RootPort;
+use outboard_virtio::Health;
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::Instant;
@@ -25,6 +26,8 @@ struct State {
     live: Option<Live>,
     /// DMA devices by slot. Weak: they go with their machine.
     companions: Vec<Option<Weak<Companion>>>,
+    /// Health of the virtio devices, by name.
+    health: Vec<(String, Health)>,
 }
 
 /// What a machine that stands can be asked.
@@ -56,7 +59,7 @@ impl Board {
         };
         Self {
             started: Instant::now(),
-            state: Mutex::new(State { status, live: None, companions: Vec::new() }),
+            state: Mutex::new(State { status, live: None, companions: Vec::new(), health: Vec::new() }),
         }
     }
 
@@ -66,6 +69,11 @@ impl Board {
 
     pub(crate) fn set_state(&self, state: GuestState) {
         self.lock().status.state = state;
+    }
+
+    /// Reports the health of the virtio device `name` from now on.
+    pub(crate) fn follow(&self, name: &str, health: &Health) {
+        self.lock().health.push((name.to_owned(), health.clone()));
     }
 
     /// A machine stands: its bus, and its root ports for devices of the host with their device numbers. What was said of
@@ -211,6 +219,11 @@ impl Board {
         let state = self.lock();
         let mut status = state.status.clone();
         status.uptime_s = self.started.elapsed().as_secs();
+        for (name, health) in &state.health {
+            if let Some(why) = health.failure() {
+                status.failed.push(FailedDevice { name: name.clone(), why: why.to_owned() });
+            }
+        }
         if let Some(Live { bus, ports, .. }) = &state.live {
             let stats = bus.stats();
             status.counters =
@@ -340,6 +353,17 @@ mod tests {
         board.vacated(0, &Vacated::Ejected);
         let empty = Slot { port: "00:03.0".into(), ..Slot::default() };
         assert_eq!(board.read().slots[0], empty);
+    }
+
+    #[test]
+    fn a_failed_device_is_named() {
+        let (board, _) = board();
+        let health = Health::default();
+        board.follow("net0", &health);
+        assert!(board.read().failed.is_empty());
+        health.fail("internal error: x".into());
+        let failed = board.read().failed;
+        assert_eq!((failed[0].name.as_str(), failed[0].why.as_str()), ("net0", "internal error: x"));
     }
 
     #[test]

@@ -148,7 +148,7 @@ fn object(status: &VmStatus) -> Value {
 }
 
 fn paragraph(status: &VmStatus) -> String {
-    let VmStatus { name, pid, state, uptime_s, boots, vcpus, memory, slots, disks, networks, counters } =
+    let VmStatus { name, pid, state, uptime_s, boots, vcpus, memory, slots, disks, networks, failed, counters } =
         status;
     let state = match state {
         GuestState::Starting => "starting",
@@ -171,6 +171,9 @@ fn paragraph(status: &VmStatus) -> String {
             let _ = write!(text, ", forward {forward}");
         }
         text += "\n";
+    }
+    for device in failed {
+        let _ = writeln!(text, "  {} has failed and is out of use: {}", device.name, device.why);
     }
     if let Some(counters) = counters {
         let (unmapped, refused) = (counters.unmapped_accesses, counters.refused_accesses);
@@ -241,7 +244,7 @@ fn text(error: Error) -> String {
 mod tests {
     use super::*;
     use clap::Parser;
-    use outboard_control::{Counters, DeviceFunction, DmaCounters};
+    use outboard_control::{Counters, DeviceFunction, DmaCounters, FailedDevice};
 
     #[derive(Parser)]
     struct Cli {
@@ -283,10 +286,12 @@ mod tests {
         let status = VmStatus {
             name: "vm1".into(),
             slots: vec![slot, Slot { port: "00:03.0".into(), ..Default::default() }],
+            failed: vec![FailedDevice { name: "net0".into(), why: "internal error: x".into() }],
             counters: Some(Counters::default()),
             ..Default::default()
         };
         let text = paragraph(&status);
+        assert!(text.contains("net0 has failed and is out of use: internal error: x"), "{text}");
         assert!(text.contains("port 00:02.0  0000:01:00 gone: it was unplugged"), "{text}");
         assert!(text.contains("0000:01:00.0 [1b36:0010] class 010802, lost: it was unplugged"), "{text}");
         assert!(text.contains("port 00:03.0  free"), "{text}");

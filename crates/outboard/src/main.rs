@@ -44,7 +44,7 @@ const EXIT_STATUS: &str = "Exit status:
 fn main() -> ExitCode {
     let cli = Cli::parse();
     logging::init(&cli.log);
-    restore_terminal_on_panic();
+    abort_on_panic();
     let status = match cli.command {
         Command::Run(args) => run::run(&args),
         Command::Devices(args) => devices::devices(&args),
@@ -80,11 +80,17 @@ fn record(args: &outboard_record::Args) -> ExitCode {
     }
 }
 
-/// A panic of ours is a bug; it must not leave the user's terminal unusable too.
-fn restore_terminal_on_panic() {
+/// Ends the process on a panic, with the terminal as it was: it is a bug of ours, after which nothing of the machine can be
+/// relied on. Excepted are panics in the code that handles a guest's images, frames and packets, which end one device.
+fn abort_on_panic() {
     let print = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
+        if outboard_machine::is_panic_contained() {
+            let place = info.location().map_or_else(String::new, |at| format!(" at {at}"));
+            return tracing::error!("a device's thread panicked{place}");
+        }
         outboard_machine::restore_terminal();
         print(info);
+        std::process::abort();
     }));
 }

@@ -1,7 +1,7 @@
 //! Console device (virtio 1.2, section 5.3) with one port.
 
 use crate::{
-    Activation, ActiveQueue, GuestMemory, QueueError, Request, Stop, VirtioDevice, VirtioInterrupt,
+    Activation, ActiveQueue, GuestMemory, Health, QueueError, Request, Stop, VirtioDevice, VirtioInterrupt,
     WorkQueue, Worker,
 };
 use outboard_bus::{Event, poll_readable, warn_limited};
@@ -38,12 +38,13 @@ pub struct Console {
     /// Here while no worker has it.
     backend: Option<Box<dyn ConsoleBackend>>,
     worker: Option<Worker<Box<dyn ConsoleBackend>>>,
+    health: Health,
 }
 
 impl Console {
     /// A console called `name` (for logs and its thread) that talks to `backend`.
     pub fn new(name: &str, backend: Box<dyn ConsoleBackend>) -> Self {
-        Self { name: name.to_owned(), backend: Some(backend), worker: None }
+        Self { name: name.to_owned(), backend: Some(backend), worker: None, health: Health::default() }
     }
 }
 
@@ -54,6 +55,10 @@ impl VirtioDevice for Console {
 
     fn name(&self) -> &str {
         &self.name
+    }
+
+    fn health(&self) -> &Health {
+        &self.health
     }
 
     fn features(&self) -> u64 {
@@ -80,8 +85,9 @@ impl VirtioDevice for Console {
             return Err(io::Error::other("the console's thread was lost"));
         };
         let stopped = Arc::clone(&wake);
+        let for_failure = Arc::clone(&interrupt);
         let body = move |stop: &Stop| run(backend, [receive, transmit], &memory, interrupt, stop, &stopped);
-        self.worker = Some(Worker::spawn(&self.name, wake, body)?);
+        self.worker = Some(Worker::spawn(&self.name, wake, &self.health, for_failure, body)?);
         Ok(())
     }
 

@@ -1,5 +1,6 @@
 //! What a virtio device model must implement, and what the transport gives it.
 
+use crate::Health;
 use outboard_bus::Event;
 use std::sync::Arc;
 use virtio_queue::Queue;
@@ -16,6 +17,9 @@ pub trait VirtioDevice: Send {
 
     /// Name for logs and thread names, such as `blk0`.
     fn name(&self) -> &str;
+
+    /// The device's health, as its threads report it.
+    fn health(&self) -> &Health;
 
     /// Feature bits 0 to 23 and 50 up that the device offers. The transport adds `VIRTIO_F_VERSION_1`,
     /// `VIRTIO_F_INDIRECT_DESC` and `VIRTIO_F_EVENT_IDX`.

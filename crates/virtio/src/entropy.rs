@@ -1,6 +1,6 @@
 //! Entropy device (virtio 1.2, section 5.4): the host kernel's random bytes.
 
-use crate::{Activation, VirtioDevice, WorkQueue, Worker};
+use crate::{Activation, Health, VirtioDevice, WorkQueue, Worker};
 use std::io;
 use std::sync::Arc;
 
@@ -11,12 +11,13 @@ const MAX_ANSWER: u64 = 4096;
 /// A virtio entropy device.
 pub struct Entropy {
     worker: Option<Worker<()>>,
+    health: Health,
 }
 
 impl Entropy {
     /// A device that has nothing to set up.
     pub fn new() -> Self {
-        Self { worker: None }
+        Self { worker: None, health: Health::default() }
     }
 }
 
@@ -35,6 +36,10 @@ impl VirtioDevice for Entropy {
         "rng"
     }
 
+    fn health(&self) -> &Health {
+        &self.health
+    }
+
     fn features(&self) -> u64 {
         0
     }
@@ -51,7 +56,8 @@ impl VirtioDevice for Entropy {
         let Activation { memory, queues, interrupt, .. } = activation;
         let Some(queue) = queues.into_iter().flatten().next() else { return Ok(()) };
         let wake = Arc::clone(&queue.doorbell);
-        self.worker = Some(Worker::spawn("rng", wake, move |stop| {
+        let for_failure = Arc::clone(&interrupt);
+        self.worker = Some(Worker::spawn("rng", wake, &self.health, for_failure, move |stop| {
             WorkQueue::new(queue, &memory, interrupt).serve(stop, |request| {
                 let mut bytes = [0; MAX_ANSWER as usize];
                 let wanted = &mut bytes[..request.writable.len().min(MAX_ANSWER) as usize];

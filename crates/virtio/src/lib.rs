@@ -6,6 +6,7 @@ pub mod block;
 pub mod console;
 mod device;
 pub mod entropy;
+mod health;
 pub mod net;
 mod pair;
 mod queue;
@@ -17,6 +18,7 @@ mod worker;
 pub(crate) mod testing;
 
 pub use device::{Activation, ActiveQueue, GuestMemory, VirtioDevice, VirtioInterrupt};
+pub use health::{Health, is_panic_contained};
 pub use queue::{Buffers, GuestSlice, QueueError, Request, WorkQueue};
 pub use transport::{DoorbellBinder, VirtioPci};
 pub use worker::{Stop, Worker};

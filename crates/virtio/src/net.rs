@@ -4,7 +4,7 @@
 //! host's socket. Frames go up to 64 KiB and carry no checksums where the driver agrees.
 
 use crate::pair::{Backend, Pair, PairWorker};
-use crate::{Activation, QueueError, Request, Stop, VirtioDevice, WorkQueue};
+use crate::{Activation, Health, QueueError, Request, Stop, VirtioDevice, WorkQueue};
 use outboard_bus::{Event, warn_limited};
 use outboard_netstack::{Checksum, Frame, MAX_FRAME, NetError, NetOptions, PartialChecksum, Stack, address};
 use std::collections::VecDeque;
@@ -30,6 +30,8 @@ const TRANSMIT_SIZE: u16 = 256;
 
 /// `VIRTIO_NET_S_LINK_UP` (virtio 1.2, section 5.1.4).
 const LINK_UP: u16 = 1;
+/// The status of a card whose network has failed.
+const LINK_DOWN: u16 = 0;
 /// `struct virtio_net_hdr` with `num_buffers`, which version 1 devices always have (virtio 1.2, section 5.1.6).
 const HEADER: usize = 12;
 /// `VIRTIO_NET_HDR_F_NEEDS_CSUM`.
@@ -74,6 +76,10 @@ impl VirtioDevice for Net {
         &self.name
     }
 
+    fn health(&self) -> &Health {
+        self.worker.health()
+    }
+
     fn features(&self) -> u64 {
         use feature::*;
         CSUM | GUEST_CSUM | MTU | MAC | MRG_RXBUF | STATUS
@@ -85,7 +91,8 @@ impl VirtioDevice for Net {
 
     fn config(&self) -> Vec<u8> {
         let mut config = self.mac.to_vec();
-        config.extend(LINK_UP.to_le_bytes());
+        let link = if self.worker.health().failure().is_some() { LINK_DOWN } else { LINK_UP };
+        config.extend(link.to_le_bytes());
         config.extend(1u16.to_le_bytes()); // max_virtqueue_pairs
         config.extend(address::MTU.to_le_bytes());
         config

@@ -1,4 +1,4 @@
-use crate::{Activation, Stop, WorkQueue, Worker};
+use crate::{Activation, Health, Stop, WorkQueue, Worker};
 use outboard_bus::Event;
 use std::io;
 use std::sync::Arc;
@@ -23,11 +23,17 @@ pub(crate) struct PairWorker<B> {
     /// `None` while the thread has it, and after that has panicked.
     backend: Option<Box<B>>,
     worker: Option<Worker<Box<B>>>,
+    health: Health,
 }
 
 impl<B: Backend> PairWorker<B> {
     pub(crate) fn new(backend: B) -> Self {
-        Self { backend: Some(Box::new(backend)), worker: None }
+        Self { backend: Some(Box::new(backend)), worker: None, health: Health::default() }
+    }
+
+    /// The health of the device.
+    pub(crate) fn health(&self) -> &Health {
+        &self.health
     }
 
     /// Starts the thread, called `name`, which runs `body` with the first two queues of `activation`, receive and transmit.
@@ -54,7 +60,8 @@ impl<B: Backend> PairWorker<B> {
             return Err(error);
         }
         let wake = Arc::clone(&transmit.doorbell);
-        self.worker = Some(Worker::spawn(name, wake, move |stop| {
+        let for_failure = Arc::clone(&interrupt);
+        self.worker = Some(Worker::spawn(name, wake, &self.health, for_failure, move |stop| {
             let receive = WorkQueue::new(receive, &memory, Arc::clone(&interrupt));
             let pair = Pair { receive, transmit: WorkQueue::new(transmit, &memory, interrupt) };
             body(&mut backend, pair, stop);

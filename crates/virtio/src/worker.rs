@@ -1,3 +1,4 @@
+use crate::{Health, VirtioInterrupt};
 use outboard_bus::Event;
 use std::io;
 use std::sync::Arc;
@@ -29,22 +30,32 @@ impl Stop {
 pub struct Worker<T> {
     stop: Arc<Stop>,
     wake: Arc<Event>,
-    thread: Option<JoinHandle<T>>,
+    thread: Option<JoinHandle<Option<T>>>,
 }
 
 impl<T: Send + 'static> Worker<T> {
-    /// Starts a thread called `name` (Linux shows 15 bytes of it) that waits for `wake`, usually a queue's doorbell.
+    /// Starts a thread called `name` (Linux shows 15 bytes of it) that waits for `wake`, usually a queue's doorbell. If
+    /// `body` panics, the device whose `health` this is has failed, and its driver hears through `interrupt` that it is
+    /// broken.
     ///
     /// # Errors
     /// The operating system's, when there can be no more threads.
     pub fn spawn(
         name: &str,
         wake: Arc<Event>,
+        health: &Health,
+        interrupt: Arc<dyn VirtioInterrupt>,
         body: impl FnOnce(&Stop) -> T + Send + 'static,
     ) -> io::Result<Self> {
         let stop = Arc::new(Stop::default());
-        let for_thread = Arc::clone(&stop);
-        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || body(&for_thread))?;
+        let (for_thread, health, device) = (Arc::clone(&stop), health.clone(), name.to_owned());
+        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+            let result = health.contain(&device, || body(&for_thread));
+            if result.is_none() {
+                interrupt.device_broken("its thread has ended by an internal error");
+            }
+            result
+        })?;
         Ok(Self { stop, wake, thread: Some(thread) })
     }
 
@@ -59,7 +70,7 @@ impl<T> Worker<T> {
         let thread = self.thread.take()?;
         self.stop.0.store(true, Ordering::SeqCst);
         self.wake.signal();
-        thread.join().ok()
+        thread.join().ok().flatten()
     }
 }
 
@@ -73,20 +84,41 @@ impl<T> Drop for Worker<T> {
 mod tests {
     use super::*;
 
+    struct NoDriver;
+
+    impl VirtioInterrupt for NoDriver {
+        fn queue_used(&self, _index: u16) {}
+        fn config_changed(&self) {}
+        fn device_broken(&self, _reason: &str) {}
+    }
+
+    fn spawn<T: Send + 'static>(wake: Arc<Event>, body: impl FnOnce(&Stop) -> T + Send + 'static) -> Worker<T> {
+        Worker::spawn("test", wake, &Health::default(), Arc::new(NoDriver), body).unwrap()
+    }
+
     #[test]
     fn stop_gives_the_state_back() {
         let wake = Arc::new(Event::new().unwrap());
         let for_thread = Arc::clone(&wake);
-        let worker = Worker::spawn("test", Arc::clone(&wake), move |stop| {
+        let worker = spawn(Arc::clone(&wake), move |stop| {
             let mut wakes = 0;
             while stop.wait(&for_thread) {
                 wakes += 1;
             }
             wakes
-        })
-        .unwrap();
+        });
         wake.signal();
         assert!(worker.stop().unwrap() <= 1);
+    }
+
+    #[test]
+    fn a_panic_gives_nothing_back_and_fails_the_device() {
+        let health = Health::default();
+        let wake = Arc::new(Event::new().unwrap());
+        let body = |_: &Stop| -> u8 { panic!("oh") };
+        let worker = Worker::spawn("test", wake, &health, Arc::new(NoDriver), body).unwrap();
+        assert_eq!(worker.stop(), None);
+        assert_eq!(health.failure(), Some("internal error: oh"));
     }
 
     #[test]
@@ -94,11 +126,11 @@ mod tests {
         let wake = Arc::new(Event::new().unwrap());
         let alive = Arc::new(());
         let (for_thread, held) = (Arc::clone(&wake), Arc::clone(&alive));
-        let worker = Worker::spawn("test", wake, move |stop| {
+        let worker = spawn(wake, move |stop| {
             let _held = held;
             while stop.wait(&for_thread) {}
         });
-        drop(worker.unwrap());
+        drop(worker);
         assert_eq!(Arc::strong_count(&alive), 1);
     }
 }

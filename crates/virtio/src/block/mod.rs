@@ -12,7 +12,7 @@ mod tests;
 pub use disk::{Disk, DiskFormat, DiskOptions};
 pub use error::DiskError;
 
-use crate::{Activation, ActiveQueue, GuestMemory, VirtioDevice, VirtioInterrupt, WorkQueue, Worker};
+use crate::{Activation, ActiveQueue, GuestMemory, Health, VirtioDevice, VirtioInterrupt, WorkQueue, Worker};
 use raw::Scratch;
 use request::{ID_LEN, Server};
 use std::io;
@@ -49,6 +49,7 @@ pub struct Block {
     disk: Arc<Disk>,
     queues: u16,
     workers: Vec<Worker<()>>,
+    health: Health,
 }
 
 impl Block {
@@ -60,7 +61,7 @@ impl Block {
             *to = from;
         }
         let queues = vcpus.clamp(1, MAX_QUEUES.into()) as u16;
-        Self { name: name.to_owned(), id, disk: Arc::new(disk), queues, workers: vec![] }
+        Self { name: name.to_owned(), id, disk: Arc::new(disk), queues, workers: vec![], health: Health::default() }
     }
 
     fn spawn(
@@ -73,9 +74,10 @@ impl Block {
         let (name, id, disk) = (self.name.clone(), self.id, Arc::clone(&self.disk));
         let thread = format!("{name}-q{}", queue.index);
         let wake = Arc::clone(&queue.doorbell);
-        Worker::spawn(&thread, wake, move |stop| {
-            let mut server =
-                Server { name: &name, disk: &disk, id, write_through, scratch: Scratch::default() };
+        let (health, for_failure) = (self.health.clone(), Arc::clone(&interrupt));
+        Worker::spawn(&thread, wake, &self.health, for_failure, move |stop| {
+            let scratch = Scratch::default();
+            let mut server = Server { name: &name, disk: &disk, id, write_through, scratch, health: &health };
             WorkQueue::new(queue, &memory, interrupt).serve(stop, |request| server.serve(request));
         })
     }
@@ -88,6 +90,10 @@ impl VirtioDevice for Block {
 
     fn name(&self) -> &str {
         &self.name
+    }
+
+    fn health(&self) -> &Health {
+        &self.health
     }
 
     fn features(&self) -> u64 {

@@ -2,7 +2,7 @@
 
 use super::raw::Scratch;
 use super::{Disk, MAX_RANGE_SECTORS, MAX_RANGES, SECTOR};
-use crate::{QueueError, Request};
+use crate::{Health, QueueError, Request};
 use outboard_bus::warn_limited;
 use std::io;
 
@@ -30,6 +30,8 @@ pub struct Server<'a> {
     /// The driver cannot flush, so every write must be durable by itself (virtio 1.2, section 5.2.6.2).
     pub write_through: bool,
     pub scratch: Scratch,
+    /// A disk whose code has panicked once is in an unknown state: from then on every request is an I/O error.
+    pub health: &'a Health,
 }
 
 enum Failure {
@@ -37,6 +39,8 @@ enum Failure {
     /// The driver asked for what cannot be: beyond the end, odd lengths.
     Refused,
     Unsupported,
+    /// The device has failed before.
+    DeviceFailed,
 }
 
 impl From<io::Error> for Failure {
@@ -56,10 +60,10 @@ impl Server<'_> {
         };
         let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = header;
         let (kind, sector) = (u32::from_le_bytes([t0, t1, t2, t3]), u64::from_le_bytes(sector));
-        let (code, written) = match self.dispatch(kind, sector, request) {
+        let (code, written) = match self.contained(kind, sector, request) {
             Ok(written) => (S_OK, written + 1),
             Err(Failure::Unsupported) => (S_UNSUPP, 0),
-            Err(Failure::Refused) => (S_IOERR, 0),
+            Err(Failure::Refused | Failure::DeviceFailed) => (S_IOERR, 0),
             Err(Failure::Io(error)) => {
                 warn_limited!("{}: request {kind} at sector {sector} failed: {error}", self.name);
                 (S_IOERR, 0)
@@ -67,6 +71,15 @@ impl Server<'_> {
         };
         status.copy_from(&[code]);
         Ok(written)
+    }
+
+    /// As [`Server::dispatch`], where a panic of the image's code fails the device and not the machine.
+    fn contained(&mut self, kind: u32, sector: u64, request: &mut Request<'_>) -> Result<u32, Failure> {
+        let (health, name) = (self.health, self.name);
+        if health.failure().is_some() {
+            return Err(Failure::DeviceFailed);
+        }
+        health.contain(name, || self.dispatch(kind, sector, request)).unwrap_or(Err(Failure::DeviceFailed))
     }
 
     /// The number of bytes written before the status.

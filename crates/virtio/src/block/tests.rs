@@ -55,6 +55,23 @@ fn driver(path: &Path, options: DiskOptions, vcpus: u32) -> Driver {
     driver
 }
 
+/// What follows a panic of the image's code: nobody knows in which state that left the image, so nothing touches it again.
+#[test]
+fn a_failed_disk_answers_every_request_with_an_error() {
+    let dir = TempDir::new().unwrap();
+    let path = raw_image(&dir, MIB);
+    let disk = Disk::open(&path, DiskOptions::default()).unwrap();
+    let block = Block::new("blk0", "serial", disk, 1);
+    let health = block.health().clone();
+    let mut driver = Driver::new(Box::new(block));
+    driver.start(u64::MAX, 128);
+    assert_eq!(write(&mut driver, 0, &[1; 512]), 0);
+    health.contain("blk0", || panic!("an assertion of the qcow2 layer"));
+    assert_eq!(write(&mut driver, 0, &[2; 512]), 1);
+    assert_eq!(send(&mut driver, 4, 0, &[]), 1);
+    assert_eq!(std::fs::read(&path).unwrap()[..512], [1; 512]);
+}
+
 fn header(kind: u32, sector: u64) -> Vec<u8> {
     let mut header = kind.to_le_bytes().to_vec();
     header.extend_from_slice(&[0; 4]);

@@ -65,6 +65,19 @@ impl Guest {
     }
 }
 
+#[test]
+fn a_card_whose_network_has_failed_has_no_link() {
+    let net = Net::new("net0", &"user".parse().unwrap()).unwrap();
+    let health = net.health().clone();
+    let mut driver = Driver::new(Box::new(net));
+    driver.start(ALL, 256);
+    let status = |driver: &Driver| driver.read(0x2000 + 6, outboard_bus::Width::B2) as u16;
+    assert_eq!(status(&driver), LINK_UP);
+    health.fail("an assertion of the stack".into());
+    driver.reset();
+    assert_eq!(status(&driver), LINK_DOWN);
+}
+
 fn frame(ethertype: u16, payload: &[u8]) -> Vec<u8> {
     [&ROUTER_MAC[..], &GUEST_MAC, &ethertype.to_be_bytes(), payload].concat()
 }

@@ -101,6 +101,8 @@ impl VirtioInterrupt for Shared {
     fn device_broken(&self, reason: &str) {
         warn_limited!("{}: needs a reset by its driver: {reason}", self.name);
         let before = self.status.fetch_or(status::NEEDS_RESET, Ordering::SeqCst);
+        // The configuration may say so too: a failed network card has no link.
+        self.generation.fetch_add(1, Ordering::SeqCst);
         if before & status::DRIVER_OK != 0 {
             self.interrupt_config();
         }

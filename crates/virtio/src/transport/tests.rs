@@ -1,7 +1,8 @@
 use super::*;
 use crate::testing::{Desc, Driver, INDIRECT, NEXT, RAM, RAM_BASE, WRITE};
-use crate::{Activation, VirtioInterrupt, WorkQueue, Worker};
+use crate::{Activation, Health, VirtioInterrupt, WorkQueue, Worker};
 use proptest::prelude::*;
+use vm_memory::Bytes as _;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Copies what it is given into the answer. Its configuration is eight bytes that count how often it was reset.
@@ -10,7 +11,11 @@ struct Echo {
     config: Arc<Mutex<Vec<u8>>>,
     interrupt: Arc<Mutex<Option<Arc<dyn VirtioInterrupt>>>>,
     resets: Arc<AtomicUsize>,
+    health: Health,
 }
+
+/// A request that begins with this makes the device's thread panic, as an assertion of a dependency would.
+const PANIC: &[u8] = b"panic, please";
 
 impl Echo {
     fn new() -> Self {
@@ -19,6 +24,7 @@ impl Echo {
             config: Arc::new(Mutex::new(vec![1, 2, 3, 4, 5, 6, 7, 8])),
             interrupt: Arc::default(),
             resets: Arc::default(),
+            health: Health::default(),
         }
     }
 }
@@ -29,6 +35,9 @@ impl VirtioDevice for Echo {
     }
     fn name(&self) -> &str {
         "echo0"
+    }
+    fn health(&self) -> &Health {
+        &self.health
     }
     fn features(&self) -> u64 {
         1
@@ -48,12 +57,14 @@ impl VirtioDevice for Echo {
             let memory = activation.memory.clone();
             let interrupt = Arc::clone(&activation.interrupt);
             let wake = Arc::clone(&queue.doorbell);
-            self.workers.push(Worker::spawn("echo", wake, move |stop| {
+            let for_failure = Arc::clone(&interrupt);
+            self.workers.push(Worker::spawn("echo", wake, &self.health, for_failure, move |stop| {
                 WorkQueue::new(queue, &memory, interrupt).serve(stop, |request| {
                     let mut written = 0;
                     let mut chunk = [0; 512];
                     while written < 1 << 20 {
                         let n = request.readable.read(&mut chunk);
+                        assert!(!chunk.starts_with(PANIC), "as asked");
                         let n = request.writable.write(&chunk[..n]);
                         if n == 0 {
                             break;
@@ -74,6 +85,30 @@ impl VirtioDevice for Echo {
 
 fn driver() -> Driver {
     Driver::new(Box::new(Echo::new()))
+}
+
+#[test]
+fn a_panic_of_a_device_thread_is_told_to_the_driver_and_can_be_reset() {
+    let echo = Echo::new();
+    let health = echo.health.clone();
+    let mut driver = Driver::new(Box::new(echo));
+    driver.start(u64::MAX, 16);
+    assert_eq!(driver.request(0, b"hello", 5), b"hello");
+    let generation = driver.read(0x15, Width::B1);
+    driver.msis.take();
+    let at = driver.alloc(64);
+    driver.memory.write_slice(PANIC, vm_memory::GuestAddress(at)).unwrap();
+    driver.add(0, &[(at, PANIC.len() as u32, false)]);
+    driver.kick(0);
+    let start = std::time::Instant::now();
+    while driver.status() & status::NEEDS_RESET == 0 {
+        assert!(start.elapsed().as_secs() < 20, "the driver is not told");
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    assert!(health.failure().unwrap().contains("as asked"), "{health:?}");
+    assert_ne!(driver.read(0x15, Width::B1), generation, "the driver reads the configuration again");
+    driver.reset();
+    assert_eq!(driver.status(), 0);
 }
 
 #[test]

@@ -11,7 +11,7 @@ mod packet;
 pub use mux::{MAX_CONNECTIONS, VsockError};
 
 use crate::pair::{Pair, PairWorker};
-use crate::{Activation, QueueError, Request, Stop, VirtioDevice, WorkQueue};
+use crate::{Activation, Health, QueueError, Request, Stop, VirtioDevice, WorkQueue};
 use mux::Mux;
 use outboard_bus::warn_limited;
 use packet::{HEADER, Header};
@@ -58,6 +58,10 @@ impl VirtioDevice for Vsock {
 
     fn name(&self) -> &str {
         &self.name
+    }
+
+    fn health(&self) -> &Health {
+        self.worker.health()
     }
 
     fn features(&self) -> u64 {
