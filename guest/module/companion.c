@@ -5,6 +5,7 @@
 #include <linux/delay.h>
 #include <linux/ioport.h>
 #include <linux/module.h>
+#include <linux/panic_notifier.h>
 #include <linux/vmalloc.h>
 
 #include "trace.h"
@@ -346,6 +347,29 @@ static int begin(struct odma_domain *domain)
 	return error;
 }
 
+/* The kernel has panicked: the other CPUs are stopped, no lock may be taken. The host is told, in case that nobody reads the console. */
+static int panicked(struct notifier_block *nb, unsigned long event, void *message)
+{
+	struct odma_domain *domain = container_of(nb, struct odma_domain, panic);
+
+	writel(ODMA_CONTROL_PANICKED, domain->regs + ODMA_CONTROL);
+	return NOTIFY_DONE;
+}
+
+static void hear_panic(struct odma_domain *domain)
+{
+	domain->hears_panic = readl(domain->regs + ODMA_FEATURES) & ODMA_FEATURE_PANICKED;
+	domain->panic.notifier_call = panicked;
+	if (domain->hears_panic)
+		atomic_notifier_chain_register(&panic_notifier_list, &domain->panic);
+}
+
+static void ignore_panic(struct odma_domain *domain)
+{
+	if (domain->hears_panic)
+		atomic_notifier_chain_unregister(&panic_notifier_list, &domain->panic);
+}
+
 static int probe(struct pci_dev *pdev, const struct pci_device_id *id)
 {
 	struct odma_domain *domain;
@@ -368,6 +392,7 @@ static int probe(struct pci_dev *pdev, const struct pci_device_id *id)
 	if (error)
 		goto free;
 	pci_set_drvdata(pdev, domain);
+	hear_panic(domain);
 	odma_debugfs_add(domain);
 	pci_info(pdev, "maps up to %llu MiB in %u pieces for what is behind root port %02x.%x\n",
 		 domain->limit_bytes >> 20, domain->limit_entries, PCI_SLOT(domain->served),
@@ -386,6 +411,7 @@ static void remove(struct pci_dev *pdev)
 {
 	struct odma_domain *domain = pci_get_drvdata(pdev);
 
+	ignore_panic(domain);
 	/* Unbinds what still uses it: nothing may be mapped when the device goes. */
 	odma_abandon(domain);
 	mutex_lock(&odma_mutex);

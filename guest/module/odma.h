@@ -13,6 +13,7 @@ Fedora and Arch Linux ARM leave it out with CONFIG_XEN). outboard_dma cannot wor
 #include <linux/dma-map-ops.h>
 #include <linux/list.h>
 #include <linux/mutex.h>
+#include <linux/notifier.h>
 #include <linux/pci.h>
 #include <linux/percpu.h>
 #include <linux/spinlock.h>
@@ -58,6 +59,8 @@ struct odma_domain {
 	bool closing;			/* serves nothing new; under odma_mutex */
 	bool dirty;			/* a driver that was there before may have left its device running; under odma_mutex */
 	struct delayed_work tidy;
+	struct notifier_block panic;	/* on panic_notifier_list while the device is bound, if it wants to hear of one */
+	bool hears_panic;
 	u64 leaks;			/* mappings that drivers left behind */
 };
 

@@ -23,6 +23,8 @@
 #define ODMA_FEATURES 0x8u
 /* Feature: QUEUE_DOORBELL_LATER works. */
 #define ODMA_FEATURE_LATER 0x1u
+/* Feature: CONTROL_PANICKED is understood. */
+#define ODMA_FEATURE_PANICKED 0x2u
 /* R, 32 bits: the root port whose slot is served: device number in bits 7:3, function number in bits 2:0, on bus 0. */
 #define ODMA_SERVED 0xcu
 /* R, 64 bits: most bytes mapped at a time. */
@@ -41,12 +43,14 @@
 #define ODMA_BATCH 0x28u
 /* Entries of a batch that every device takes. */
 #define ODMA_MAX_BATCH 0x100u
-/* W, 32 bits: CONTROL_ENABLE or CONTROL_RESET; anything else is ignored. */
+/* W, 32 bits: CONTROL_ENABLE, CONTROL_RESET or CONTROL_PANICKED; anything else is ignored. */
 #define ODMA_CONTROL 0x30u
 /* The guest asks for mappings from now on. Until then the served functions may not start DMA. */
 #define ODMA_CONTROL_ENABLE 0x1u
 /* Stops and resets the served functions, takes down every mapping and disables the device. Done when the store retires. The functions keep their BARs and memory decoding; bus master, interrupts and everything else are as after power-on. */
 #define ODMA_CONTROL_RESET 0x2u
+/* The guest's kernel has panicked. Changes nothing on the device: the host takes note of it. */
+#define ODMA_CONTROL_PANICKED 0x3u
 /* R, 32 bits: state of the device. */
 #define ODMA_STATE 0x34u
 /* Not enabled. */

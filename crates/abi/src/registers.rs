@@ -31,6 +31,8 @@ constants! { REGISTERS:
     FEATURES: u32 = 0x008;
     /// Feature: [`QUEUE_DOORBELL_LATER`] works.
     FEATURE_LATER: u32 = 1 << 0;
+    /// Feature: [`CONTROL_PANICKED`] is understood.
+    FEATURE_PANICKED: u32 = 1 << 1;
     /// R, 32 bits: the root port whose slot is served: device number in bits 7:3, function number in bits 2:0, on bus 0.
     SERVED: u32 = 0x00c;
     /// R, 64 bits: most bytes mapped at a time.
@@ -49,13 +51,15 @@ constants! { REGISTERS:
     BATCH: u32 = 0x028;
     /// Entries of a batch that every device takes.
     MAX_BATCH: u32 = 256;
-    /// W, 32 bits: [`CONTROL_ENABLE`] or [`CONTROL_RESET`]; anything else is ignored.
+    /// W, 32 bits: [`CONTROL_ENABLE`], [`CONTROL_RESET`] or [`CONTROL_PANICKED`]; anything else is ignored.
     CONTROL: u32 = 0x030;
     /// The guest asks for mappings from now on. Until then the served functions may not start DMA.
     CONTROL_ENABLE: u32 = 1;
     /// Stops and resets the served functions, takes down every mapping and disables the device. Done when the store retires. The functions keep
     /// their BARs and memory decoding; bus master, interrupts and everything else are as after power-on.
     CONTROL_RESET: u32 = 2;
+    /// The guest's kernel has panicked. Changes nothing on the device: the host takes note of it.
+    CONTROL_PANICKED: u32 = 3;
     /// R, 32 bits: state of the device.
     STATE: u32 = 0x034;
     /// Not enabled.

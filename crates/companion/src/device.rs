@@ -36,7 +36,12 @@ pub struct Companion {
     /// Root port by device number.
     port: u8,
     config: Mutex<ConfigSpace>,
+    /// Taken when the guest's kernel has panicked: it does so once.
+    guest_panic: Mutex<Option<PanicListener>>,
 }
+
+/// Called on a vCPU's thread when the guest's kernel says that it has panicked; must not block.
+pub type PanicListener = Box<dyn FnOnce() + Send>;
 
 /// What a register holds.
 enum Value {
@@ -67,7 +72,13 @@ impl Companion {
         space.add_bar(0, u64::from(abi::BAR_BYTES), BarKind::Memory32);
         let config = Mutex::new(space);
         let limits = Mutex::new(limits);
-        Ok(Arc::new(Self { core, queues, worker, limits, port, config }))
+        let guest_panic = Mutex::new(None);
+        Ok(Arc::new(Self { core, queues, worker, limits, port, config, guest_panic }))
+    }
+
+    /// Calls `listener` the first time that the guest's kernel says that it has panicked.
+    pub fn on_guest_panic(&self, listener: PanicListener) {
+        *self.guest_panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(listener);
     }
 
     /// The function that speaks the published protocol for the same slot, whose root port is `port`.
@@ -137,6 +148,12 @@ impl Companion {
                 self.queues.iter().for_each(Queue::reset);
                 self.worker.wake();
             }
+            abi::CONTROL_PANICKED => {
+                let listener = self.guest_panic.lock().unwrap_or_else(PoisonError::into_inner).take();
+                if let Some(listener) = listener {
+                    listener();
+                }
+            }
             _ => {}
         }
     }
@@ -149,7 +166,7 @@ impl Companion {
         Some(match at {
             abi::MAGIC => Word(abi::MAGIC_VALUE),
             abi::VERSION => Word(abi::VERSION_VALUE),
-            abi::FEATURES => Word(abi::FEATURE_LATER),
+            abi::FEATURES => Word(abi::FEATURE_LATER | abi::FEATURE_PANICKED),
             abi::SERVED => Word(u32::from(self.port) << 3),
             abi::LIMIT_BYTES => Long(self.limits().bytes),
             abi::LIMIT_ENTRIES => Word(self.limits().entries),

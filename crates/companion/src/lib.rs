@@ -12,7 +12,7 @@ mod ram;
 mod worker;
 
 pub use crate::core::Mapped;
-pub use device::{Companion, Config};
+pub use device::{Companion, Config, PanicListener};
 pub use published::Published;
 pub use ram::GuestMemory;
 

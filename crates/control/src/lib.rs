@@ -16,8 +16,8 @@ pub use error::Error;
 pub use folder::Folder;
 pub use name::Name;
 pub use protocol::{
-    Answer, Counters, DeviceFunction, Disk, DmaCounters, FailedDevice, GuestState, Network, Request, Slot, SlotState,
-    VmStatus,
+    Answer, Counters, DeviceFunction, Disk, DmaCounters, FailedDevice, GuestState, Network, Request, Slot,
+    SlotState, VmStatus,
 };
 pub use server::{Handler, Server};
 

@@ -8,7 +8,7 @@ use crate::passthrough::{Connections, HostSlot, Place};
 use crate::room;
 use crate::run::{EventSender, MachineEvent};
 use crate::slots::{Reply, Slots};
-use crate::vcpus::{Entry, Reporter, Vcpus};
+use crate::vcpus::{CpuState, Entry, Reporter, Vcpus};
 use crate::{ConsoleTarget, Error, MachineSpec};
 use outboard_bus::{IrqLine, MmioBus, MsiMessage, MsiSink, warn_limited};
 use outboard_host_pci::Selection;
@@ -139,6 +139,11 @@ impl Machine {
     /// Lets the guest run.
     pub(crate) fn resume(&self) {
         self.vcpus.resume();
+    }
+
+    /// The states of all vCPUs at this moment; `None` if one of them will not run again.
+    pub(crate) fn look_at_vcpus(&self) -> Option<Vec<CpuState>> {
+        self.vcpus.look()
     }
 
     /// Presses or releases the power key.

@@ -8,6 +8,7 @@ mod dma;
 mod error;
 mod intx;
 mod memory;
+mod panic_check;
 mod passthrough;
 mod plan;
 mod room;
@@ -22,10 +23,10 @@ mod vcpus;
 pub use build::Inputs;
 pub use console::ConsoleTarget;
 pub use error::Error;
+pub use outboard_virtio::is_panic_contained;
 pub use plan::Plan;
 pub use run::{Outcome, run};
 pub use spec::{DeviceSpec, DiskSpec, MachineSpec, VsockSpec, parse_size};
-pub use outboard_virtio::is_panic_contained;
 pub use terminal::restore_terminal;
 
 /// Exit status of a process whose machine was stopped hard.

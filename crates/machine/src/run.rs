@@ -1,8 +1,10 @@
 //! The life of a machine: boot, reboots, the ways it ends.
 
 use crate::build::{Inputs, Machine};
+use crate::console::PanicWatch;
 use crate::control::{self, Order};
 use crate::devices::Host;
+use crate::panic_check::{PanicCheck, Verdict};
 use crate::signals::Signals;
 use crate::status::Board;
 use crate::vcpus::VcpuEvent;
@@ -34,8 +36,10 @@ pub enum Outcome {
 #[derive(Debug)]
 pub(crate) enum MachineEvent {
     Vcpu(VcpuEvent),
-    /// The console showed a kernel panic's last line.
-    GuestPanic,
+    /// The console showed a kernel panic's last line, which the vCPUs must confirm.
+    PanicSuspected,
+    /// The guest's kernel says through a DMA device that it has panicked.
+    GuestPanicked,
     /// The user left the console.
     Leave,
     /// SIGTERM, SIGINT or SIGHUP.
@@ -133,8 +137,9 @@ impl PowerButton {
     /// Lets the machine run until it ends.
     fn watch(&mut self, machine: &mut Machine, host: &mut Host, events: &Receiver<MachineEvent>) -> End {
         machine.resume();
+        let mut check = PanicCheck::default();
         loop {
-            let event = match self.timeout() {
+            let event = match [self.timeout(), check.due_in()].into_iter().flatten().min() {
                 None => events.recv().map_err(|_| RecvTimeoutError::Disconnected),
                 Some(timeout) => events.recv_timeout(timeout),
             };
@@ -142,7 +147,15 @@ impl PowerButton {
                 Ok(MachineEvent::Vcpu(VcpuEvent::PowerOff)) => return End::Outcome(Outcome::PowerOff),
                 Ok(MachineEvent::Vcpu(VcpuEvent::Reset)) => return End::Reset,
                 Ok(MachineEvent::Vcpu(VcpuEvent::Failed(error))) => return End::Failed(error),
-                Ok(MachineEvent::GuestPanic) => return End::Outcome(Outcome::GuestPanic),
+                Ok(MachineEvent::PanicSuspected) => {
+                    host.panic_watch.heard();
+                    check.suspect();
+                }
+                Ok(MachineEvent::GuestPanicked) => {
+                    host.panic_watch.confirm();
+                    // It may stay where it is, reset the machine, or hand over to a crash kernel.
+                    check.suspect();
+                }
                 Ok(MachineEvent::Leave) => return End::Outcome(Outcome::Killed),
                 Ok(MachineEvent::SlotVacated { device, why }) => machine.vacate(device, &why, host),
                 Ok(MachineEvent::Control(order)) => obey(order, machine, host),
@@ -158,11 +171,19 @@ impl PowerButton {
                     host.board.set_state(GuestState::PoweringOff);
                     machine.set_power_key(true);
                 }
+                Err(RecvTimeoutError::Timeout) if check.due_in() == Some(Duration::ZERO) => {
+                    if has_panicked(&mut check, machine, &host.panic_watch) {
+                        return End::Outcome(Outcome::GuestPanic);
+                    }
+                }
                 Err(RecvTimeoutError::Timeout) => {
+                    if self.timeout() != Some(Duration::ZERO) {
+                        continue;
+                    }
                     if !self.released {
                         self.released = true;
                         machine.set_power_key(false);
-                    } else if self.timeout() == Some(Duration::ZERO) {
+                    } else {
                         tracing::warn!("the guest did not power off within 30 s; stopping it hard");
                         return End::Outcome(Outcome::Killed);
                     }
@@ -176,6 +197,27 @@ impl PowerButton {
     fn timeout(&self) -> Option<Duration> {
         let after = if self.released { POWER_OFF_GRACE } else { KEY_PRESS };
         self.pressed.map(|pressed| after.saturating_sub(pressed.elapsed()))
+    }
+}
+
+/// Looks at the vCPUs once more; true if they confirm the panic that the console showed.
+fn has_panicked(check: &mut PanicCheck, machine: &Machine, watch: &PanicWatch) -> bool {
+    let Some(cpus) = machine.look_at_vcpus() else {
+        // A vCPU that will not run again has sent an event that ends the machine.
+        *check = PanicCheck::default();
+        return false;
+    };
+    match check.look(cpus) {
+        Verdict::Open => false,
+        Verdict::Panicked => true,
+        // A reset, or a crash kernel, ends it.
+        Verdict::Alive if watch.is_certain() => false,
+        Verdict::Alive => {
+            tracing::warn!(
+                "the guest's console showed the end of a kernel panic, but its CPUs work: it runs on"
+            );
+            false
+        }
     }
 }
 
@@ -198,7 +240,8 @@ mod tests {
     fn a_second_vcpus_reset_does_not_end_the_next_boot_and_the_users_wish_stays() {
         let (sender, events) = channel();
         let sender = EventSender(sender);
-        for event in [MachineEvent::Vcpu(VcpuEvent::Reset), MachineEvent::Terminate, MachineEvent::GuestPanic]
+        for event in
+            [MachineEvent::Vcpu(VcpuEvent::Reset), MachineEvent::Terminate, MachineEvent::PanicSuspected]
         {
             sender.send(event);
         }

@@ -4,6 +4,7 @@ use crate::devices::Host;
 use crate::dma::{self, Retained, SlotDma};
 use crate::memory::Ram;
 use crate::passthrough::{Connections, GuestSlot, HostSlot, Place};
+use crate::run::MachineEvent;
 use crate::status::Board;
 use crate::{Error, MachineSpec};
 use outboard_bus::Event;
@@ -67,8 +68,11 @@ impl Slots {
             let mut port = Port::new(place, &slots.root, &slots.connections)?;
             if let Some(device) = place.companion {
                 let device_spec = spec.devices.get(index);
-                port.companion =
-                    Some(dma::companion((device, &port.port), (spec, device_spec), place, &slots.root, ram)?);
+                let companion =
+                    dma::companion((device, &port.port), (spec, device_spec), place, &slots.root, ram)?;
+                let events = slots.connections.events.clone();
+                companion.on_guest_panic(Box::new(move || events.send(MachineEvent::GuestPanicked)));
+                port.companion = Some(companion);
             }
             if let Some(device) = slot.as_ref()
                 && let Err(error) = port.plug(device, &slots.root, ram, &slots.connections)

@@ -4,7 +4,8 @@ use crate::MachineSpec;
 use outboard_bus::MmioBus;
 use outboard_companion::Companion;
 use outboard_control::{
-    Counters, DeviceFunction, Disk, DmaCounters, FailedDevice, GuestState, Name, Network, Slot, SlotState, VmStatus,
+    Counters, DeviceFunction, Disk, DmaCounters, FailedDevice, GuestState, Name, Network, Slot, SlotState,
+    VmStatus,
 };
 use outboard_host_pci::{HostFunction, Selection};
 use outboard_passthrough::{Loss, Vacated};

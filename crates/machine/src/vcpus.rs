@@ -2,7 +2,7 @@
 
 use crate::Error;
 use outboard_bus::{MmioBus, Width, warn_limited};
-use outboard_hypervisor::{Exit, Kick, Vcpu, Vm};
+use outboard_hypervisor::{Exit, Kick, Register, Vcpu, Vm};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -38,6 +38,15 @@ struct State {
     parked: u32,
     /// Threads that will never enter it again.
     ended: u32,
+    /// Where each vCPU was when it last left the guest for a pause; `None` if that is not known.
+    cpus: Vec<Option<CpuState>>,
+}
+
+/// The state of a vCPU that is out of the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct CpuState {
+    /// PSTATE in the layout of SPSR_EL1 (Arm DDI 0487, C5.2.19).
+    pub(crate) pstate: u64,
 }
 
 /// What the threads and their owner share.
@@ -98,7 +107,8 @@ impl Vcpus {
         bus: &Arc<MmioBus>,
         report: &Reporter,
     ) -> Result<Self, Error> {
-        let state = Mutex::new(State { wish: Wish::Pause, parked: 0, ended: 0 });
+        let state =
+            Mutex::new(State { wish: Wish::Pause, parked: 0, ended: 0, cpus: vec![None; count as usize] });
         let shared = Arc::new(Shared { state, changed: Condvar::new() });
         let mut vcpus = Self { shared, kickers: Vec::new(), threads: Vec::new() };
         for index in 0..count {
@@ -108,7 +118,7 @@ impl Vcpus {
                 Ok(mut vcpu) => {
                     // The receiver waits right below; if it is gone, the wish is Stop already.
                     let _ = ready.send(Ok(vcpu.kicker()));
-                    run(&mut *vcpu, &shared, &bus, &report);
+                    run(index, &mut *vcpu, &shared, &bus, &report);
                     drop(vcpu);
                     shared.end();
                 }
@@ -134,6 +144,17 @@ impl Vcpus {
     /// Takes all vCPUs out of the guest; none enters it again before [`Vcpus::resume`].
     pub(crate) fn pause(&self) {
         self.settle(Wish::Pause, |state, count| state.parked + state.ended == count);
+    }
+
+    /// Takes all vCPUs out of the guest for a moment; the states they were in, or `None` if one of them will not run again.
+    pub(crate) fn look(&self) -> Option<Vec<CpuState>> {
+        self.pause();
+        let states = {
+            let state = self.shared.lock();
+            if state.ended == 0 { state.cpus.iter().copied().collect() } else { None }
+        };
+        self.resume();
+        states
     }
 
     /// Changes the wish, then kicks until `done`.
@@ -176,7 +197,7 @@ fn bind(vm: &dyn Vm, index: u32, entry: Entry) -> Result<Box<dyn Vcpu>, outboard
 }
 
 /// A vCPU's life. The lock is only taken after a kick: MMIO exits go straight to the bus.
-fn run(vcpu: &mut dyn Vcpu, shared: &Shared, bus: &MmioBus, report: &Reporter) {
+fn run(index: u32, vcpu: &mut dyn Vcpu, shared: &Shared, bus: &MmioBus, report: &Reporter) {
     while shared.admit() {
         let event = loop {
             match run_once(vcpu, bus) {
@@ -185,6 +206,8 @@ fn run(vcpu: &mut dyn Vcpu, shared: &Shared, bus: &MmioBus, report: &Reporter) {
                 Err(Kicked) => break None,
             }
         };
+        let pstate = if event.is_none() { vcpu.register(Register::Cpsr).ok() } else { None };
+        shared.lock().cpus[index as usize] = pstate.map(|pstate| CpuState { pstate });
         if let Some(event) = event {
             report(event);
             // This vCPU has nothing more to do until the machine stops it.

@@ -148,8 +148,20 @@ fn object(status: &VmStatus) -> Value {
 }
 
 fn paragraph(status: &VmStatus) -> String {
-    let VmStatus { name, pid, state, uptime_s, boots, vcpus, memory, slots, disks, networks, failed, counters } =
-        status;
+    let VmStatus {
+        name,
+        pid,
+        state,
+        uptime_s,
+        boots,
+        vcpus,
+        memory,
+        slots,
+        disks,
+        networks,
+        failed,
+        counters,
+    } = status;
     let state = match state {
         GuestState::Starting => "starting",
         GuestState::Running => "running",

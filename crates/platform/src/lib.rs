@@ -8,7 +8,7 @@ mod pl031;
 mod pl061;
 mod primecell;
 
-pub use pl011::Pl011;
+pub use pl011::{Output, Pl011};
 pub use pl031::Pl031;
 pub use pl061::{POWER_KEY_PIN, Pl061};
 

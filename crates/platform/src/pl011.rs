@@ -3,6 +3,8 @@
 //! The vCPU only moves bytes between registers and two bounded queues; a console thread of the machine empties and fills
 //! them through [`Pl011::take_output`] and [`Pl011::receive`], woken by [`Pl011::wake`]. A host that does not
 //! take the output makes the transmit FIFO full, which the guest's driver waits for; nothing is lost.
+//!
+//! The UART also tells apart what the guest's kernel prints itself and what programs print: see [`Records`].
 
 use crate::primecell;
 use outboard_bus::{AccessError, Event, IrqLine, MmioDevice, Width};
@@ -43,6 +45,82 @@ const TX_LIMIT: usize = 64 * 1024;
 /// Bytes that may wait for the guest.
 const RX_LIMIT: usize = 4096;
 
+/// Bytes of a kernel record that are kept.
+const RECORD_LIMIT: usize = 160;
+
+/// Finds the records that a Linux guest's kernel prints as a console, among the bytes that programs send through the same
+/// UART as a terminal.
+///
+/// The driver's console output (Linux drivers/tty/serial/amba-pl011.c, `pl011_console_write` and its successors) reads CR,
+/// writes CR, sends one record while it polls FR, polls FR until the last byte is out, and writes CR back, all under the
+/// port's lock. A program's output has interrupt registers in between and no CR around it, so a program cannot make its
+/// text look like a record. Where a kernel does it in another way, no records are found.
+#[derive(Default)]
+struct Records {
+    phase: Phase,
+    current: Vec<u8>,
+    complete: Vec<Vec<u8>>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Phase {
+    #[default]
+    Outside,
+    /// CR was read, which begins a record if CR is written next.
+    ControlRead,
+    /// CR was written: bytes belong to a record.
+    Inside,
+    /// Inside, and FR was read since the last byte: CR ends the record.
+    Polled,
+}
+
+/// An access of the guest, as [`Records`] sees it.
+enum Seen {
+    ControlRead,
+    ControlWrite,
+    FlagsRead,
+    Byte(u8),
+    Other,
+}
+
+impl Records {
+    /// Takes note of an access; true if it completed a record.
+    fn see(&mut self, seen: Seen) -> bool {
+        let next = match (self.phase, seen) {
+            (Phase::Outside, Seen::ControlRead) => Phase::ControlRead,
+            (Phase::ControlRead, Seen::ControlWrite) => {
+                self.current.clear();
+                Phase::Inside
+            }
+            (Phase::Inside | Phase::Polled, Seen::FlagsRead) => Phase::Polled,
+            (Phase::Inside | Phase::Polled, Seen::Byte(byte)) => {
+                if self.current.len() < RECORD_LIMIT {
+                    self.current.push(byte);
+                }
+                Phase::Inside
+            }
+            (Phase::Polled, Seen::ControlWrite) if !self.current.is_empty() => {
+                self.complete.push(std::mem::take(&mut self.current));
+                self.phase = Phase::Outside;
+                return true;
+            }
+            (_, Seen::ControlRead) => Phase::ControlRead,
+            _ => Phase::Outside,
+        };
+        self.phase = next;
+        false
+    }
+}
+
+/// What the guest sent since it was last asked.
+#[derive(Debug, Default)]
+pub struct Output {
+    /// Every byte, in order.
+    pub bytes: Vec<u8>,
+    /// The beginnings, up to 160 bytes each, of the records among them that the guest's kernel printed itself.
+    pub records: Vec<Vec<u8>>,
+}
+
 /// The UART. Registers reset to what the manual says; baud rate and line settings are kept but mean nothing.
 pub struct Pl011 {
     state: Mutex<State>,
@@ -64,6 +142,7 @@ struct State {
     cr: u32,
     ifls: u32,
     dmacr: u32,
+    records: Records,
 }
 
 impl State {
@@ -104,15 +183,17 @@ impl Pl011 {
         &self.wake
     }
 
-    /// Moves everything that the guest sent to the end of `out`.
-    pub fn take_output(&self, out: &mut Vec<u8>) {
+    /// Takes everything that the guest has sent, and the kernel records that were completed meanwhile. The number of
+    /// records is bounded by the bytes that fit the transmit FIFO.
+    pub fn take_output(&self) -> Output {
         let mut state = self.lock();
-        if state.tx.is_empty() {
-            return;
+        let records = std::mem::take(&mut state.records.complete);
+        let bytes: Vec<u8> = state.tx.drain(..).collect();
+        if !bytes.is_empty() {
+            state.tx_raised = true;
+            self.update_irq(&state);
         }
-        out.extend(state.tx.drain(..));
-        state.tx_raised = true;
-        self.update_irq(&state);
+        Output { bytes, records }
     }
 
     /// Gives the guest as much of `input` as there is room for; returns how many bytes that was.
@@ -149,6 +230,7 @@ impl Pl011 {
             return;
         }
         let was_empty = state.tx.is_empty();
+        state.records.see(Seen::Byte(byte));
         state.tx.push_back(byte);
         if was_empty {
             self.wake.signal();
@@ -167,6 +249,11 @@ impl MmioDevice for Pl011 {
     fn read(&self, offset: u64, width: Width) -> Result<u64, AccessError> {
         primecell::check(offset, width)?;
         let mut state = self.lock();
+        state.records.see(match offset {
+            CR => Seen::ControlRead,
+            FR => Seen::FlagsRead,
+            _ => Seen::Other,
+        });
         let value = match offset {
             DR => self.read_data(&mut state),
             RSR => 0,
@@ -190,6 +277,14 @@ impl MmioDevice for Pl011 {
         primecell::check(offset, width)?;
         let mut state = self.lock();
         let word = value as u32;
+        match offset {
+            DR => {}
+            CR if state.records.see(Seen::ControlWrite) => self.wake.signal(),
+            CR => {}
+            _ => {
+                state.records.see(Seen::Other);
+            }
+        }
         match offset {
             DR => self.write_data(&mut state, word as u8),
             // Error flags: there are never any.
@@ -259,9 +354,8 @@ mod tests {
             write(&uart, DR, u32::from(*byte));
         }
         assert!(uart.wake().take());
-        let mut out = Vec::new();
-        uart.take_output(&mut out);
-        assert_eq!(out, b"hello");
+        let output = uart.take_output();
+        assert_eq!((&output.bytes[..], output.records.len()), (&b"hello"[..], 0));
         assert!(!uart.wake().take());
         assert_eq!(read(&uart, FR) & (FR_TXFE | FR_TXFF), FR_TXFE);
     }
@@ -277,12 +371,63 @@ mod tests {
         assert_eq!(sent, TX_LIMIT);
         write(&uart, IMSC, INT_TX);
         assert!(!line.0.load(Ordering::Relaxed), "no transmit interrupt while full");
-        let mut out = Vec::new();
-        uart.take_output(&mut out);
-        assert_eq!(out.len(), sent);
+        assert_eq!(uart.take_output().bytes.len(), sent);
         assert!(line.0.load(Ordering::Relaxed), "transmit interrupt once there is room");
         write(&uart, ICR, INT_TX);
         assert!(!line.0.load(Ordering::Relaxed));
+    }
+
+    /// As `pl011_console_write` does.
+    fn print_record(uart: &Pl011, text: &str) {
+        let control = read(uart, CR);
+        write(uart, CR, control | 0x101);
+        for byte in text.bytes() {
+            while read(uart, FR) & FR_TXFF != 0 {}
+            write(uart, DR, byte.into());
+        }
+        // The driver waits for the last byte to be out, which BUSY says at once here.
+        read(uart, FR);
+        write(uart, CR, control);
+    }
+
+    #[test]
+    fn the_kernels_records_are_told_from_what_programs_print() {
+        let (_, uart) = uart();
+        print_record(&uart, "[ 1.0] one\r\n");
+        // A program's text: opening the terminal writes CR, then bytes with the interrupt mask set in between.
+        write(&uart, CR, 0xf01);
+        write(&uart, IMSC, INT_RX);
+        for byte in b"[ 2.0] two\r\n" {
+            read(&uart, FR);
+            write(&uart, DR, u32::from(*byte));
+        }
+        print_record(&uart, "[ 3.0] three\r\n");
+        let output = uart.take_output();
+        assert_eq!(output.bytes, b"[ 1.0] one\r\n[ 2.0] two\r\n[ 3.0] three\r\n");
+        assert_eq!(output.records, [b"[ 1.0] one\r\n".to_vec(), b"[ 3.0] three\r\n".to_vec()]);
+        assert!(uart.take_output().records.is_empty());
+    }
+
+    #[test]
+    fn a_record_that_completes_after_its_bytes_were_taken_wakes_the_console() {
+        let (_, uart) = uart();
+        read(&uart, CR);
+        write(&uart, CR, 0x301);
+        write(&uart, DR, u32::from(b'x'));
+        assert_eq!(uart.take_output().bytes, b"x");
+        uart.wake().take();
+        read(&uart, FR);
+        write(&uart, CR, 0x301);
+        assert!(uart.wake().take());
+        assert_eq!(uart.take_output().records, [b"x".to_vec()]);
+    }
+
+    #[test]
+    fn a_long_record_is_cut() {
+        let (_, uart) = uart();
+        print_record(&uart, &"y".repeat(5000));
+        let output = uart.take_output();
+        assert_eq!((output.bytes.len(), output.records[0].len()), (5000, RECORD_LIMIT));
     }
 
     #[test]

@@ -92,7 +92,10 @@ mod tests {
         fn device_broken(&self, _reason: &str) {}
     }
 
-    fn spawn<T: Send + 'static>(wake: Arc<Event>, body: impl FnOnce(&Stop) -> T + Send + 'static) -> Worker<T> {
+    fn spawn<T: Send + 'static>(
+        wake: Arc<Event>,
+        body: impl FnOnce(&Stop) -> T + Send + 'static,
+    ) -> Worker<T> {
         Worker::spawn("test", wake, &Health::default(), Arc::new(NoDriver), body).unwrap()
     }
 

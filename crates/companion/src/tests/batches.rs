@@ -13,7 +13,7 @@ fn registers_say_who_it_is_and_what_it_can() {
     let words = [
         (abi::MAGIC, 0x414d_444f),
         (abi::VERSION, 0x0001_0000),
-        (abi::FEATURES, 1),
+        (abi::FEATURES, 3),
         (abi::SERVED, 5 << 3),
         (abi::LIMIT_BYTES, 24 << 20),
         (abi::LIMIT_ENTRIES, 666),

@@ -17,7 +17,7 @@ fn nothing_is_mapped_and_no_dma_allowed_before_the_guest_asks() {
     assert_eq!(*rig.slot.log.lock().unwrap(), ["held"]);
     rig.write(abi::QUEUE_FIRST, Width::B8, QUEUE);
     assert_eq!(rig.run(&[map(RAM.start, PAGE)]).0, Status::Off);
-    for value in [0, 3, u32::MAX] {
+    for value in [0, 4, u32::MAX] {
         control(&rig, value);
     }
     assert_eq!((rig.read(abi::STATE), rig.domain.mapped().0), (0, 0));
@@ -156,4 +156,16 @@ fn a_driver_that_waits_for_dma_in_vain_is_told_of_once() {
     assert!(!rig.companion.look(), "the guest has asked");
     control(&rig, abi::CONTROL_RESET);
     assert_eq!(looks(&rig), [false, true, false, false], "held back again");
+}
+
+#[test]
+fn a_guest_that_panics_is_heard_once() {
+    let rig = Rig::new();
+    control(&rig, abi::CONTROL_PANICKED);
+    let (sender, heard) = std::sync::mpsc::channel();
+    rig.companion.on_guest_panic(Box::new(move || sender.send(()).unwrap()));
+    for _ in 0..3 {
+        control(&rig, abi::CONTROL_PANICKED);
+    }
+    assert_eq!(heard.try_iter().count(), 1);
 }

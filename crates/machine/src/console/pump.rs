@@ -80,12 +80,13 @@ impl Pump {
     }
 
     fn print(&mut self, host: &mut ConsoleHost, stop: &Event) {
-        let mut output = Vec::new();
-        self.uart.take_output(&mut output);
-        let panicked = self.watch.scan(&mut self.line, &output);
-        host.write(&output, stop);
-        if panicked {
-            self.events.send(MachineEvent::GuestPanic);
+        let output = self.uart.take_output();
+        // Records first: once there are any, text beside them means nothing.
+        let by_record = self.watch.scan_records(&output.records);
+        let suspect = self.watch.scan_text(&mut self.line, &output.bytes) || by_record;
+        host.write(&output.bytes, stop);
+        if suspect {
+            self.events.send(MachineEvent::PanicSuspected);
         }
     }
 }

@@ -41,10 +41,10 @@ impl ConsoleBackend for VirtioEnd {
     }
 
     fn write(&mut self, data: &[u8], stop: &Event) {
-        let panicked = self.watch.scan(&mut self.line, data);
+        let suspect = self.watch.scan_text(&mut self.line, data);
         self.host.write(data, stop);
-        if panicked {
-            self.events.send(MachineEvent::GuestPanic);
+        if suspect {
+            self.events.send(MachineEvent::PanicSuspected);
         }
     }
 }

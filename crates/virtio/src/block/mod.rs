@@ -61,7 +61,14 @@ impl Block {
             *to = from;
         }
         let queues = vcpus.clamp(1, MAX_QUEUES.into()) as u16;
-        Self { name: name.to_owned(), id, disk: Arc::new(disk), queues, workers: vec![], health: Health::default() }
+        Self {
+            name: name.to_owned(),
+            id,
+            disk: Arc::new(disk),
+            queues,
+            workers: vec![],
+            health: Health::default(),
+        }
     }
 
     fn spawn(

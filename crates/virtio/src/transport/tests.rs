@@ -2,8 +2,8 @@ use super::*;
 use crate::testing::{Desc, Driver, INDIRECT, NEXT, RAM, RAM_BASE, WRITE};
 use crate::{Activation, Health, VirtioInterrupt, WorkQueue, Worker};
 use proptest::prelude::*;
-use vm_memory::Bytes as _;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use vm_memory::Bytes as _;
 
 /// Copies what it is given into the answer. Its configuration is eight bytes that count how often it was reset.
 struct Echo {

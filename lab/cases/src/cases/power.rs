@@ -7,6 +7,8 @@ use crate::guest::{Guest, input};
 use crate::host::{Disk, ExitKind, Host, Kernel};
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
+use std::fs;
+use std::io::Write as _;
 use std::time::Duration;
 
 const STEP: Duration = Duration::from_secs(120);
@@ -64,37 +66,73 @@ fn reboot_host(host: &Host) -> Result<Option<String>> {
 }
 
 fn reboot_guest(guest: &mut Guest) -> Result<()> {
+    let boots = count_boot(guest)?;
+    guest.note("boots", boots);
+    if boots == 2 { Ok(()) } else { guest.reboot() }
+}
+
+/// The number of boots before this one, which the first disk keeps.
+fn count_boot(guest: &mut Guest) -> Result<u8> {
     let disk = GuestDisk::open(guest, "vda", true)?;
     let boots = disk.read_block(0)?.get()[0];
-    guest.note("boots", boots);
-    if boots == 2 {
-        return Ok(());
-    }
     let mut block = Aligned::new(BLOCK);
     block.get_mut()[0] = boots + 1;
     disk.write_block(0, &block)?;
     disk.flush()?;
-    guest.reboot()
+    Ok(boots)
 }
 
 fn panic_host(host: &Host) -> Result<Option<String>> {
-    let wants_status = |name: &str, words: &str| -> Result<()> {
-        let mut vm = host.start(&host.guest(Kernel::V6_12).append(words))?;
+    let wants_status = |name: &str, cpus: u32, words: &str| -> Result<()> {
+        let mut vm = host.start(&host.guest(Kernel::V6_12).cpus(cpus).append(words))?;
         let exit = vm.exit(STEP)?;
         ensure!(exit == PANICKED, "{name}: {exit:?} instead of {PANICKED:?}; {}", vm.stderr());
         ensure!(vm.stderr().contains("panic"), "{name}: the message does not say so: {}", vm.stderr());
         Ok(())
     };
-    host.part("sysrq", wants_status("sysrq", ""));
-    host.part("no-init", wants_status("no-init", "rdinit=/missing"));
-    host.part("stays", wants_status("stays", "panic=0"));
+    host.part("sysrq", wants_status("sysrq", 1, ""));
+    host.part("no-init", wants_status("no-init", 1, "rdinit=/missing"));
+    host.part("stays", wants_status("stays", 1, "panic=0"));
+    host.part("stays-4-cpus", wants_status("stays-4-cpus", 4, "panic=0"));
+    host.part("only-shown", only_shown(host));
     Ok(None)
 }
 
-fn panic_guest(_: &mut Guest) -> Result<()> {
-    std::fs::write("/proc/sys/kernel/sysrq", "1")?;
-    std::fs::write("/proc/sysrq-trigger", "c")?;
+/// The console shows panics that are none: the guest runs on, reboots and powers off with status 0.
+fn only_shown(host: &Host) -> Result<()> {
+    let disk = Disk::raw(host.raw_image("shown.raw", 1)?);
+    let mut vm = host.start(&host.guest(Kernel::V6_12).cpus(2).disk(disk).arg("shown", "1"))?;
+    // The first boot reboots, the second powers off.
+    for boot in 0..2 {
+        vm.init().with_context(|| format!("boot {boot}"))?;
+        vm.note("alive", STEP)?;
+    }
+    vm.finish(STEP)
+}
+
+fn panic_guest(guest: &mut Guest) -> Result<()> {
+    if guest.arg("shown").is_ok() {
+        return show_panics(guest);
+    }
+    // The kernel's first line is to come behind a program's unfinished one.
+    let mut console = fs::File::options().write(true).open("/dev/ttyAMA0")?;
+    console.write_all(b"a line without an end: ")?;
+    fs::write("/proc/sys/kernel/sysrq", "1")?;
+    fs::write("/proc/sysrq-trigger", "c")?;
     bail!("the kernel survived its crash")
+}
+
+/// Shows an old log, as `cat` would, and has the kernel itself print a panic's last line (only root can).
+fn show_panics(guest: &mut Guest) -> Result<()> {
+    let log = "[    8.1] Kernel panic - not syncing: old\n[    8.2] ---[ end Kernel panic - not syncing: old ]---\n";
+    let mut console = fs::File::options().write(true).open("/dev/ttyAMA0")?;
+    console.write_all(log.as_bytes())?;
+    fs::write("/dev/kmsg", "<0>---[ end Kernel panic - not syncing: from root ]---")?;
+    // Longer than all judgements of the vCPUs take.
+    std::thread::sleep(Duration::from_secs(9));
+    guest.note("alive", true);
+    fs::write("/dev/kmsg", "<0>Kernel panic - not syncing: from root")?;
+    if count_boot(guest)? == 0 { guest.reboot() } else { Ok(()) }
 }
 
 fn key_host(host: &Host) -> Result<Option<String>> {
