@@ -152,6 +152,7 @@ impl PowerButton {
                     check.suspect();
                 }
                 Ok(MachineEvent::GuestPanicked) => {
+                    tracing::warn!("the guest's kernel says through its DMA device that it has panicked");
                     host.panic_watch.confirm();
                     // It may stay where it is, reset the machine, or hand over to a crash kernel.
                     check.suspect();

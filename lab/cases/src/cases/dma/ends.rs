@@ -122,6 +122,7 @@ fn crash_host(host: &Host) -> Result<Option<String>> {
     vm.note("traffic", STEP)?;
     let exit = vm.exit(STEP)?;
     ensure!(exit == PANICKED, "{exit:?} instead of {PANICKED:?}; {}", vm.stderr());
+    ensure!(vm.stderr().contains("says through its DMA device"), "the module said nothing: {}", vm.stderr());
     vm.check_dma()?;
     host.start(&spec(host, &assigned).arg("crash", 0))?.finish(STEP)?;
     assigned.release()?;
