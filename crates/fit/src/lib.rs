@@ -3,8 +3,13 @@
 //! [`run`] is `outboard fit`; the parts are public for tests and benchmarks.
 
 mod adaptive;
+mod event;
+mod fields;
 mod ftrace;
 mod host;
+mod lost;
+mod ours;
+mod packed;
 mod plot;
 mod published;
 mod read;
@@ -137,5 +142,5 @@ pub fn compare(
             if with_tightest { tightest(trace, policy, limits)? } else { (None, None) };
         rows.push(Row { policy, replay: replayed, tightest_bytes, tightest_entries });
     }
-    Ok(Report { trace: trace.name.clone(), limits, lost: trace.lost, missing: trace.missing, rows })
+    Ok(Report { trace: trace.name.clone(), limits, gaps: trace.gaps.clone(), rows })
 }
