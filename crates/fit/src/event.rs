@@ -18,8 +18,10 @@ const MMIO: u64 = 1 << 10;
 /// What one event did.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Event {
-    /// Mapped or allocated one piece.
+    /// Mapped one piece.
     Map { segment: Segment, bus: u64, size: u64 },
+    /// Allocated one piece of coherent memory: the kernel tells only the bus address.
+    Alloc { segment: Segment },
     /// Unmapped or freed one piece.
     Unmap { bus: u64, size: u64 },
     /// Mapped or allocated a list.
@@ -108,12 +110,18 @@ pub(crate) fn is_whole(line: &str) -> bool {
     head(line).is_some() && (line.ends_with("attrs=") || line.ends_with('}'))
 }
 
-/// Lists are what programs fail to print.
+/// Adds what to do where the program that printed the text is at fault; lists are what it mostly fails to print.
 fn explain(name: &str, what: String) -> String {
     if name.contains("sg") && what.contains("array") {
         return format!(
             "{what}: the program that printed this could not parse the kernel's dma_{name}, and its scatterlist is not in the text; \
              record again with `outboard record`, which reads the kernel's buffers itself"
+        );
+    }
+    if what.starts_with("the event has no") {
+        return format!(
+            "{what}: the line was cut, or the program that printed it could not parse the kernel's dma_{name}; `outboard record` reads the \
+             kernel's buffers itself"
         );
     }
     what
@@ -198,7 +206,7 @@ fn of_fields(name: &str, fields: &Fields) -> Result<Option<Event>, String> {
             if matches!(bus, 0 | FAILED) || fields.is_null("virt_addr") {
                 return Ok(None);
             }
-            Ok(Some(Event::Map { segment: checked(bus, size)?, bus, size }))
+            Ok(Some(Event::Alloc { segment: checked(bus, size)? }))
         }
         "free" | "free_pages" => Ok(Some(Event::Unmap { bus: bus()?, size: whole_pages(size()?) })),
         "unmap_page" | "unmap_phys" => {

@@ -37,6 +37,9 @@ struct Device {
     unseen: HashMap<u64, usize>,
     estimated: u64,
     unmatched: u64,
+    allocated: u64,
+    /// A bus address was not the physical one.
+    is_translated: bool,
 }
 
 impl Events {
@@ -107,7 +110,14 @@ impl Device {
         let mut device = Self::default();
         for (at, event) in events {
             match event {
-                Event::Map { segment, bus, size } => device.map(at, segment, bus, size),
+                Event::Map { segment, bus, size } => {
+                    device.is_translated |= segment.start != bus;
+                    device.map(at, segment, bus, size);
+                }
+                Event::Alloc { segment } => {
+                    device.allocated += 1;
+                    device.map(at, segment, segment.start, segment.len);
+                }
                 Event::Unmap { bus, size } => device.unmap(at, bus, size),
                 Event::MapList(list) => device.map_list(at, list),
                 Event::UnmapList(starts) => device.unmap_list(at, &starts),
@@ -124,6 +134,7 @@ impl Device {
         trace.gaps.missing = self.missing.values().fold(0, |sum, missing| sum.saturating_add(*missing));
         trace.gaps.estimated = self.estimated;
         trace.gaps.unmatched = self.unmatched;
+        trace.gaps.misplaced = if self.is_translated { self.allocated } else { 0 };
         for (at, call) in self.calls {
             // Calls keep their indices: nothing else is put into the trace.
             match call {

@@ -31,9 +31,9 @@ pub use report::{Report, Row};
 
 /// Replay DMA traces and say whether they fit a Mac.
 ///
-/// A trace is a text file, xz-compressed or not: lines `m MICROSECONDS ID ADDRESS:LENGTH,...` and `u MICROSECONDS ID`
-/// (hexadecimal addresses and lengths), or the kernel's dma:* trace events. `generated:NAME` replays a generated one:
-/// scattered, clusters, games.
+/// A trace is a text file, packed with xz, gzip or zstd or not at all: the kernel's dma:* trace events, as `outboard record`, trace_pipe,
+/// `trace-cmd report` and `perf script` print them, or lines `m MICROSECONDS ID ADDRESS:LENGTH,...` and `u MICROSECONDS ID` (hexadecimal
+/// addresses and lengths). `generated:NAME` replays a generated one: scattered, clusters, games.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Args {
     /// Traces to replay.

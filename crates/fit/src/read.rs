@@ -57,7 +57,9 @@ pub enum ReadError {
         advice: &'static str,
     },
     /// Packed, and the packing is damaged.
-    #[error("{path}, line {line}: this {packing} file is damaged or was cut: {source}")]
+    #[error(
+        "{path}, line {line}: this {packing} file is damaged, was cut, or needs more memory to be unpacked than it is given: {source}"
+    )]
     Packed {
         /// The file.
         path: PathBuf,

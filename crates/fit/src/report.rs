@@ -134,7 +134,8 @@ impl Report {
 
     /// What the recording does not say, one sentence each.
     fn caveats(&self) -> Vec<String> {
-        let Gaps { lost, lost_at_least, missing, estimated, unmatched, cut, unfinished } = self.gaps;
+        let Gaps { lost, lost_at_least, missing, estimated, unmatched, misplaced, cut, unfinished } =
+            self.gaps;
         let mut caveats = Vec::new();
         if lost > 0 {
             let least = if lost_at_least { "at least " } else { "" };
@@ -174,6 +175,12 @@ impl Report {
         if unmatched > 0 {
             caveats.push(format!(
                 "{unmatched} unmappings are of what was mapped before the recording began (or are lost): that is not in these figures"
+            ));
+        }
+        if misplaced > 0 {
+            caveats.push(format!(
+                "{misplaced} allocations are counted at their bus addresses, which an IOMMU translated: the kernel does not record where they \
+                 lie; bytes are right, entries may not be"
             ));
         }
         caveats

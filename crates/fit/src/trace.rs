@@ -59,6 +59,8 @@ pub struct Gaps {
     pub estimated: u64,
     /// Unmappings of what no call of the recording has mapped.
     pub unmatched: u64,
+    /// Allocations that lie at their bus addresses for want of physical ones, where an IOMMU translates.
+    pub misplaced: u64,
     /// The file ends within a line.
     pub cut: Option<Cut>,
     /// `outboard record` began the file and did not finish it.

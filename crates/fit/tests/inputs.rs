@@ -419,6 +419,11 @@ fn what_is_uncertain_is_said() {
         caveats.contains("272 entries of long") && caveats.contains("128 entries of scatterlists"),
         "{caveats}"
     );
+    let alloc = "a-1 [000] 1.1: dma_alloc: dev dir=NONE dma_addr=fffff000 size=4096 virt_addr=1 flags=GFP_KERNEL attrs=\n";
+    assert_eq!(read((map("1.0", 1) + alloc).as_bytes()).1, "");
+    let translated = map("1.0", 1).replace("dma_addr=1000", "dma_addr=ffffe000") + alloc;
+    let (_, caveats) = read(translated.as_bytes());
+    assert!(caveats.contains("1 allocations are counted at their bus addresses"), "{caveats}");
     let (_, caveats) = read((map("1.0", 1) + &unmap("1.1", 2) + &unmap("1.2", 1)).as_bytes());
     assert!(caveats.contains("1 unmappings are of what was mapped before"), "{caveats}");
     let said = refused(unmap("1.0", 1).as_bytes());

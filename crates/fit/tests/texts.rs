@@ -265,4 +265,27 @@ proptest! {
             prop_assert_eq!(&json["policies"], &*first, "{:?}\n{}", form, text);
         }
     }
+
+    /// Damage is read or refused, and ends nothing.
+    #[test]
+    fn damaged_texts_end_nothing(
+        wishes in prop::collection::vec(wish(), 1..6),
+        form in prop::sample::select(&FORMS[..]),
+        damage in prop::collection::vec((any::<usize>(), any::<u8>()), 1..6),
+        cut in any::<usize>(),
+        packed in any::<bool>(),
+    ) {
+        let mut bytes = print(&recording(&wishes), form).into_bytes();
+        if packed {
+            bytes = zstd(&bytes);
+        }
+        let length = bytes.len().max(1);
+        for (at, byte) in damage {
+            if let Some(place) = bytes.get_mut(at % length) {
+                *place = byte;
+            }
+        }
+        bytes.truncate(cut % (2 * length));
+        let _ = fit_bytes(&bytes, &["--json"]);
+    }
 }
