@@ -91,6 +91,35 @@ fn lists_that_trace_cmd_could_not_parse() {
     assert_eq!(json["caveats"].as_array().map(Vec::len), Some(0), "{json}");
 }
 
+/// Lists in the raw form of every event that has one, entries merged by an IOMMU among them.
+#[test]
+fn raw_lists() {
+    let line = |at: &str, event: &str, fields: &str| {
+        format!("a-1 [0] {at}: {event}: [FAILED TO PARSE] device=dev {fields} dir=1\n")
+    };
+    let pages = "ARRAY[00, 00, 00, 10, 00, 00, 00, 00, 00, 50, 00, 10, 00, 00, 00, 00]";
+    let alloc = line(
+        "1.0",
+        "dma_alloc_sgt",
+        &format!("phys_addrs={pages} dma_addr=268435456 size=8192 flags=3264 attrs=0x0"),
+    );
+    let free = line("1.1", "dma_free_sgt", &format!("phys_addrs={pages} dma_addr=268435456 size=8192"));
+    let merged = line(
+        "1.2",
+        "dma_map_sg",
+        &format!(
+            "full_nents=2 full_ents=1 truncated=0 phys_addrs={pages} dma_addrs=ARRAY[00, 00, 00, ff, 00, 00, 00, 00] \
+             lengths=ARRAY[00, 20, 00, 00] attrs=0x0"
+        ),
+    );
+    let unmap = line("1.3", "dma_unmap_sg", &format!("addrs={pages} attrs=0x0"));
+    let json = fit_bytes((alloc + &free + &merged + &unmap).as_bytes(), &["--json"]).expect("read");
+    let ([entries, _, live], json) = figures(&json, "none");
+    assert_eq!((entries, live), (2, 8192), "one after the other");
+    assert_eq!(json["policies"]["none"]["host_calls"], 8);
+    assert_eq!(json["caveats"].as_array().map(Vec::len), Some(0), "{json}");
+}
+
 #[test]
 fn lists_that_are_not_in_the_text_are_said_to_be_missing() {
     let line = "x-1 [001] 1.5: dma_map_sg: [FAILED TO PARSE] device=dev full_nents=2 full_ents=2 truncated=0 phys_addrs=PRINTED \
