@@ -138,15 +138,14 @@ fn begins(text: &str) -> Vec<(usize, &str)> {
 }
 
 fn elements_of(text: &str) -> Option<Vec<u64>> {
-    if text.is_empty() {
-        return Some(Vec::new());
-    }
-    let element = |word: &str| {
-        let digits = word.trim().strip_prefix("0x")?;
-        let is_number = digits.bytes().all(|byte| byte.is_ascii_hexdigit());
-        is_number.then(|| u64::from_str_radix(digits, 16).ok())?
-    };
-    text.split(',').map(element).collect()
+    if text.is_empty() { Some(Vec::new()) } else { text.split(',').map(element).collect() }
+}
+
+/// `0x1f`.
+fn element(word: &str) -> Option<u64> {
+    let digits = word.trim().strip_prefix("0x")?;
+    let is_number = digits.bytes().all(|byte| byte.is_ascii_hexdigit());
+    is_number.then(|| u64::from_str_radix(digits, 16).ok())?
 }
 
 /// Little-endian: every machine that has the events and a GPU is.
@@ -154,14 +153,17 @@ fn bytes_of(text: &str, width: usize) -> Option<Vec<u64>> {
     if text.is_empty() {
         return Some(Vec::new());
     }
-    let byte = |word: &str| match word.trim() {
-        word if word.len() == 2 && !word.starts_with('+') => u8::from_str_radix(word, 16).ok(),
-        _ => None,
-    };
     let bytes: Vec<u8> = text.split(',').map(byte).collect::<Option<_>>()?;
     let elements = bytes.chunks_exact(width);
     if !elements.remainder().is_empty() {
         return None;
     }
     Some(elements.map(|bytes| bytes.iter().rev().fold(0, |n, byte| (n << 8) | u64::from(*byte))).collect())
+}
+
+/// `1f`.
+fn byte(word: &str) -> Option<u8> {
+    let digits = word.trim();
+    let is_byte = digits.len() == 2 && digits.bytes().all(|byte| byte.is_ascii_hexdigit());
+    is_byte.then(|| u8::from_str_radix(digits, 16).ok())?
 }

@@ -64,16 +64,12 @@ impl Events {
 
     /// The trace of `device`, or of the only one.
     pub(crate) fn finish(self, path: &Path, name: String, device: Option<&str>) -> Result<Trace, ReadError> {
-        let replayed = |(name, events)| (name, Device::of(events));
-        let mut devices: BTreeMap<String, Device> = self.devices.into_iter().map(replayed).collect();
-        let names = |devices: &BTreeMap<String, Device>| {
-            let each = devices.iter().map(|(name, device)| format!("{name} ({})", device.calls.len()));
-            each.collect::<Vec<_>>().join(", ")
-        };
+        let mut devices: BTreeMap<String, Device> =
+            self.devices.into_iter().map(|(name, events)| (name, Device::of(events))).collect();
         let chosen = match device {
             Some(device) => device.to_owned(),
             None if devices.len() > 1 => {
-                return Err(ReadError::Devices { path: path.to_owned(), devices: names(&devices) });
+                return Err(ReadError::Devices { path: path.to_owned(), devices: names_of(&devices) });
             }
             None => devices.keys().next().cloned().unwrap_or_default(),
         };
@@ -84,11 +80,17 @@ impl Events {
             return Err(ReadError::NoDevice {
                 path: path.to_owned(),
                 device: chosen,
-                devices: names(&devices),
+                devices: names_of(&devices),
             });
         };
         device.trace(path, name)
     }
+}
+
+/// Names and numbers of calls.
+fn names_of(devices: &BTreeMap<String, Device>) -> String {
+    let each = devices.iter().map(|(name, device)| format!("{name} ({})", device.calls.len()));
+    each.collect::<Vec<_>>().join(", ")
 }
 
 /// Time moves on, but for what the clocks of CPUs differ by.
