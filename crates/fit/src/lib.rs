@@ -3,8 +3,13 @@
 //! [`run`] is `outboard fit`; the parts are public for tests and benchmarks.
 
 mod adaptive;
+mod event;
+mod fields;
 mod ftrace;
 mod host;
+mod lost;
+mod ours;
+mod packed;
 mod plot;
 mod published;
 mod read;
@@ -26,9 +31,9 @@ pub use report::{Report, Row};
 
 /// Replay DMA traces and say whether they fit a Mac.
 ///
-/// A trace is a text file, xz-compressed or not: lines `m MICROSECONDS ID ADDRESS:LENGTH,...` and `u MICROSECONDS ID`
-/// (hexadecimal addresses and lengths), or the kernel's dma:* trace events. `generated:NAME` replays a generated one:
-/// scattered, clusters, games.
+/// A trace is a text file, packed with xz, gzip or zstd or not at all: the kernel's dma:* trace events, as `outboard record`, trace_pipe,
+/// `trace-cmd report` and `perf script` print them, or lines `m MICROSECONDS ID ADDRESS:LENGTH,...` and `u MICROSECONDS ID` (hexadecimal
+/// addresses and lengths). `generated:NAME` replays a generated one: scattered, clusters, games.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Args {
     /// Traces to replay.
@@ -137,5 +142,5 @@ pub fn compare(
             if with_tightest { tightest(trace, policy, limits)? } else { (None, None) };
         rows.push(Row { policy, replay: replayed, tightest_bytes, tightest_entries });
     }
-    Ok(Report { trace: trace.name.clone(), limits, lost: trace.lost, missing: trace.missing, rows })
+    Ok(Report { trace: trace.name.clone(), limits, gaps: trace.gaps.clone(), rows })
 }

@@ -1,20 +1,29 @@
-//! Reading traces: our own text, the kernel's `dma:*` trace events, either xz-compressed, and generated ones by name.
+//! Reading traces: our own text, the kernel's `dma:*` trace events, either packed, and generated ones by name.
+//!
+//! What has a DMA call is read or refused, and what a recording says it lost is kept: nothing is counted wrong in silence.
 
-use std::collections::HashMap;
-use std::io::{self, BufRead, BufReader, Read};
+use std::borrow::Cow;
+use std::io::{self, BufRead, Read};
 use std::path::{Path, PathBuf};
 
-use crate::ftrace;
+use crate::event::{self, Line};
+use crate::ftrace::Events;
 use crate::generate;
-use crate::trace::{Segment, Trace};
+use crate::lost::{self, Losses, Lost};
+use crate::ours::Ours;
+use crate::packed::{self, Text};
+use crate::trace::{Cut, Segment, Trace};
 
 /// Longest line, bytes: a list of a million segments. Longer ones are no trace.
 const MAX_LINE: u64 = 64 << 20;
 /// Highest guest-physical address: what 52 bits reach. Keeps a damaged trace from asking for absurd tables.
 const MAX_ADDRESS: u64 = 1 << 52;
-const XZ_MAGIC: [u8; 6] = [0xfd, b'7', b'z', b'X', b'Z', 0];
-/// Memory the xz decoder may take, KiB. Its largest preset (-9) needs 65 MiB.
-const XZ_MEMORY_KIB: u32 = 512 << 10;
+/// Some programs begin text with it.
+const BYTE_ORDER_MARK: char = '\u{feff}';
+/// First comment of `outboard record`, whose last is what was lost.
+const OUR_HEADER: &str = "# outboard record,";
+/// The kernel's mark on a line that it could not finish.
+const TOO_BIG: &str = "[LINE TOO BIG]";
 
 /// Why a trace could not be read.
 #[derive(Debug, thiserror::Error)]
@@ -37,11 +46,55 @@ pub enum ReadError {
         /// What is wrong, and what was expected.
         what: String,
     },
+    /// No text.
+    #[error("{path} is {what}; {advice}")]
+    Kind {
+        /// The file.
+        path: PathBuf,
+        /// What it is, in words.
+        what: String,
+        /// The next step.
+        advice: &'static str,
+    },
+    /// Packed, and the packing is damaged.
+    #[error(
+        "{path}, line {line}: this {packing} file is damaged, was cut, or needs more memory to be unpacked than it is given: {source}"
+    )]
+    Packed {
+        /// The file.
+        path: PathBuf,
+        /// How it is packed.
+        packing: &'static str,
+        /// Line at which the text ends, counted from 1.
+        line: usize,
+        /// Why.
+        source: io::Error,
+    },
     /// Nothing to replay.
     #[error(
-        "{0} has no DMA call; expected lines `m TIME ID ADDRESS:LENGTH`, or `dma_map_*` events of the kernel's dma:* tracing"
+        "{0} has no DMA call. Text of these kinds is read: the kernel's dma:* events, as `outboard record`, trace_pipe, \
+         `trace-cmd report` and `perf script` print them, and lines `m MICROSECONDS ID ADDRESS:LENGTH`"
     )]
     Empty(PathBuf),
+    /// Nothing but unmappings.
+    #[error(
+        "{path} has {unmapped} unmappings and not one mapping: all was mapped before the recording began. Begin it before the driver is \
+         loaded: outboard record -- modprobe DRIVER"
+    )]
+    NothingMapped {
+        /// The file.
+        path: PathBuf,
+        /// How many.
+        unmapped: u64,
+    },
+    /// Two kinds of text in one file.
+    #[error(
+        "{path} has lines `m` and `u` as well as the kernel's dma:* events: these are two recordings; replay each by itself"
+    )]
+    Mixed {
+        /// The file.
+        path: PathBuf,
+    },
     /// Several devices in one trace.
     #[error("{path} has DMA calls of several devices; choose one with --device: {devices}")]
     Devices {
@@ -70,127 +123,191 @@ pub fn read(path: &Path, device: Option<&str>) -> Result<Trace, ReadError> {
     if let Some(name) = path.to_str().and_then(|p| p.strip_prefix("generated:")) {
         return generate::by_name(name).ok_or_else(|| ReadError::Generated(name.to_owned()));
     }
-    let io = |source| ReadError::Io { path: path.to_owned(), source };
-    let mut file = BufReader::new(std::fs::File::open(path).map_err(io)?);
-    let packed = file.fill_buf().map_err(io)?.starts_with(&XZ_MAGIC);
-    let text: Box<dyn Read> = if packed {
-        Box::new(lzma_rust2::XzReader::new_mem_limit(file, true, XZ_MEMORY_KIB))
-    } else {
-        Box::new(file)
-    };
-    let mut lines = Lines { text: BufReader::new(text), path, number: 0, line: String::new() };
-    let mut ours = Ours { trace: Trace::new(name(path)), maps: HashMap::new() };
-    let mut events = ftrace::Events::default();
-    let mut lost = 0_u64;
-    while let Some(line) = lines.next()? {
-        lost = lost.saturating_add(lost_events(line));
-        let parsed = match line.split_once(' ').map(|(word, _)| word) {
-            Some("m" | "u" | "@") => ours.line(line),
-            _ if line.starts_with('#') => Ok(()),
-            _ => events.line(line),
-        };
-        parsed.map_err(|what| lines.error(what))?;
+    let Text { text, packing } = packed::open(path)?;
+    let mut lines = Lines { text, packing, path, number: 0, line: Vec::new() };
+    let mut reader = Reader::new(name(path));
+    while let Some((number, line, ended)) = lines.next()? {
+        if !ended {
+            reader.last_line(&line, number);
+        } else if let Err(what) = reader.line(&line, number) {
+            return Err(ReadError::Line { path: path.to_owned(), line: number, what });
+        }
     }
-    let mut trace =
-        if ours.trace.segments.is_empty() { events.finish(path, name(path), device)? } else { ours.trace };
-    trace.lost = lost;
+    let trace = reader.finish(path, device)?;
     if trace.segments.is_empty() { Err(ReadError::Empty(path.to_owned())) } else { Ok(trace) }
 }
 
-/// What a line says was lost: `# lost N events` of `outboard record`, `CPU:1 [LOST N EVENTS]` of the kernel (which may not know how
-/// many: `[LOST EVENTS]`).
-fn lost_events(line: &str) -> u64 {
-    if let Some(number) = line.strip_prefix("# lost ").and_then(|rest| rest.strip_suffix(" events")) {
-        return number.parse().unwrap_or(0);
+/// What was read so far.
+struct Reader {
+    ours: Ours,
+    events: Events,
+    losses: Losses,
+    /// First line that is nothing we know.
+    unknown: Option<usize>,
+    cut: Option<Cut>,
+    /// `outboard record` has begun; its last word on losses is still to come.
+    unfinished: bool,
+}
+
+impl Reader {
+    fn new(name: String) -> Self {
+        Self {
+            ours: Ours::new(name),
+            events: Events::default(),
+            losses: Losses::default(),
+            unknown: None,
+            cut: None,
+            unfinished: false,
+        }
     }
-    let kernel = line.strip_prefix("CPU:").and_then(|rest| rest.split_once(" [LOST "));
-    match kernel {
-        Some((_, "EVENTS]")) => 1,
-        Some((_, rest)) => rest.strip_suffix(" EVENTS]").and_then(|number| number.parse().ok()).unwrap_or(0),
-        None => u64::from(line.ends_with("[LINE TOO BIG]")),
+
+    fn line(&mut self, line: &str, number: usize) -> Result<(), String> {
+        let line = if number == 1 { line.trim_start_matches(BYTE_ORDER_MARK) } else { line };
+        if line.ends_with(TOO_BIG) {
+            self.losses.add(Lost::Here(1));
+            return Ok(());
+        }
+        if line.starts_with('#') {
+            return self.comment(line);
+        }
+        if line == "@" || line.starts_with("@ ") {
+            return self.ours.line(line);
+        }
+        // Before our own lines: a program that is called `m` may have caused an event.
+        match event::parse(line)? {
+            Line::Dma(happened) => self.events.add(happened),
+            Line::Text if matches!(line.split_ascii_whitespace().next(), Some("m" | "u")) => {
+                self.ours.line(line)
+            }
+            Line::Text => self.text(line, number),
+            Line::Other => {
+                self.unknown.get_or_insert(number);
+                Ok(())
+            }
+        }
+    }
+
+    fn comment(&mut self, line: &str) -> Result<(), String> {
+        let is_ours = line.starts_with(OUR_HEADER);
+        if is_ours || line.starts_with("# tracer:") {
+            self.begins()?;
+            self.unfinished = is_ours;
+        }
+        if let Some(lost) = lost::lost(line) {
+            self.losses.add(lost);
+            self.unfinished = false;
+        }
+        Ok(())
+    }
+
+    /// Text that is no event, no call and no comment.
+    fn text(&mut self, line: &str, number: usize) -> Result<(), String> {
+        // trace-cmd's first lines.
+        if line.starts_with("cpus=") || line.starts_with("version = ") {
+            self.begins()?;
+        }
+        match lost::lost(line) {
+            Some(lost) => self.losses.add(lost),
+            None if line.trim().is_empty() => {}
+            None => drop(self.unknown.get_or_insert(number)),
+        }
+        Ok(())
+    }
+
+    /// A recording begins: what the one before it left mapped would count for this one.
+    fn begins(&self) -> Result<(), String> {
+        if self.events.is_empty() && self.ours.is_empty() {
+            return Ok(());
+        }
+        Err("a second recording begins here; replay each by itself (split the file before this line)"
+            .to_owned())
+    }
+
+    /// A line without its end may be half a line, whose last number is another one.
+    fn last_line(&mut self, line: &str, number: usize) {
+        if line.starts_with('#') && lost::lost(line).is_some() && self.comment(line).is_ok() {
+            return;
+        }
+        let is_ours = matches!(line.split_ascii_whitespace().next(), Some("m" | "u" | "@"))
+            && event::parse(line) == Ok(Line::Text);
+        let says_losses = !line.starts_with('#') && lost::lost(line).is_some();
+        let is_whole = is_ours || says_losses || event::is_whole(line);
+        let counted = is_whole && self.line(line, number).is_ok();
+        self.cut = Some(if counted { Cut::Counted } else { Cut::LeftOut });
+    }
+
+    fn finish(self, path: &Path, device: Option<&str>) -> Result<Trace, ReadError> {
+        let mut trace = match (self.ours.is_empty(), self.events.is_empty()) {
+            (false, false) => return Err(ReadError::Mixed { path: path.to_owned() }),
+            (true, _) => self.events.finish(path, self.ours.finish().name, device)?,
+            (false, true) => {
+                if let Some(line) = self.unknown {
+                    let what = "no line of a trace: those are `m MICROSECONDS ID ADDRESS:LENGTH,...`, `u MICROSECONDS ID`, `@ TEXT` and \
+                                `# COMMENT`";
+                    return Err(ReadError::Line { path: path.to_owned(), line, what: what.to_owned() });
+                }
+                self.ours.finish()
+            }
+        };
+        (trace.gaps.lost, trace.gaps.lost_at_least) = self.losses.total();
+        trace.gaps.cut = self.cut;
+        trace.gaps.unfinished = self.unfinished;
+        Ok(trace)
     }
 }
 
 /// The file's name without what all traces' names end in.
 fn name(path: &Path) -> String {
     let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
-    let name = name.strip_suffix(".xz").unwrap_or(&name);
+    let packed = [".xz", ".gz", ".zst"];
+    let name = packed.iter().find_map(|end| name.strip_suffix(end)).unwrap_or(&name);
     let name = [".trace", ".txt"].iter().find_map(|end| name.strip_suffix(end)).unwrap_or(name);
     name.to_owned()
 }
 
-/// Lines of bounded length.
-struct Lines<'p, R> {
-    text: R,
+/// Lines of bounded length. Bytes that are no UTF-8 are replaced: a task's name may be cut within a character.
+struct Lines<'p> {
+    text: Box<dyn BufRead>,
+    packing: Option<&'static str>,
     path: &'p Path,
     number: usize,
-    line: String,
+    line: Vec<u8>,
 }
 
-impl<R: BufRead> Lines<'_, R> {
-    fn next(&mut self) -> Result<Option<&str>, ReadError> {
+impl Lines<'_> {
+    /// The next line with its number, and false if the file ends within it.
+    fn next(&mut self) -> Result<Option<(usize, Cow<'_, str>, bool)>, ReadError> {
         self.line.clear();
         self.number += 1;
-        let read = (&mut self.text).take(MAX_LINE).read_line(&mut self.line);
+        let read = (&mut self.text).take(MAX_LINE).read_until(b'\n', &mut self.line);
         let read = read.map_err(|source| self.unreadable(source))?;
         if read as u64 == MAX_LINE {
             return Err(self.error(format!("longer than {MAX_LINE} bytes")));
         }
-        Ok((read != 0).then(|| self.line.trim_end_matches(['\n', '\r'])))
+        if self.line.contains(&0) {
+            return Err(self.error(
+                "zero bytes, which no text has: the file is binary, or damaged from here on".to_owned(),
+            ));
+        }
+        if read == 0 {
+            return Ok(None);
+        }
+        let ended = self.line.pop_if(|last| *last == b'\n').is_some();
+        while ended && self.line.pop_if(|last| *last == b'\r').is_some() {}
+        Ok(Some((self.number, String::from_utf8_lossy(&self.line), ended)))
     }
 
     fn unreadable(&self, source: io::Error) -> ReadError {
-        match source.kind() {
-            io::ErrorKind::InvalidData => self.error(format!("no text, nor sound xz: {source}")),
-            io::ErrorKind::UnexpectedEof => self.error("the packed file ends early: it was cut".into()),
-            _ => ReadError::Io { path: self.path.to_owned(), source },
+        let (path, line) = (self.path.to_owned(), self.number);
+        match self.packing {
+            Some(packing) => ReadError::Packed { path, packing, line, source },
+            None => ReadError::Io { path, source },
         }
     }
 
     fn error(&self, what: String) -> ReadError {
         ReadError::Line { path: self.path.to_owned(), line: self.number, what }
     }
-}
-
-/// Our own format; see the data README and `docs`.
-struct Ours {
-    trace: Trace,
-    maps: HashMap<u64, usize>,
-}
-
-impl Ours {
-    fn line(&mut self, line: &str) -> Result<(), String> {
-        let mut words = line.split_ascii_whitespace();
-        let kind = words.next().unwrap_or_default();
-        if kind == "@" {
-            let at = self.trace.calls.last().map_or(0, |call| call.at);
-            self.trace.mark(at, line.get(2..).unwrap_or_default().trim());
-            return Ok(());
-        }
-        let mut number = |what: &str| {
-            let word = words.next().ok_or_else(|| format!("no {what}"))?;
-            word.parse::<u64>().map_err(|error| format!("{what} {word:?}: {error}"))
-        };
-        let (at, id) = (number("time in microseconds")?, number("call ID")?);
-        if kind == "u" {
-            let index = self.maps.remove(&id).ok_or_else(|| format!("call {id} is not mapped"))?;
-            self.trace.unmap(at, index);
-            return Ok(());
-        }
-        let list = words.next().ok_or("no ADDRESS:LENGTH")?;
-        let segments = list.split(',').map(segment).collect::<Result<Vec<_>, _>>()?;
-        let index = self.trace.map(at, segments);
-        match self.maps.insert(id, index) {
-            None => Ok(()),
-            Some(_) => Err(format!("call {id} is mapped already")),
-        }
-    }
-}
-
-fn segment(text: &str) -> Result<Segment, String> {
-    let (start, len) = text.split_once(':').ok_or_else(|| format!("{text:?} is not ADDRESS:LENGTH"))?;
-    let hex = |word: &str| u64::from_str_radix(word, 16).map_err(|error| format!("{word:?}: {error}"));
-    checked(hex(start)?, hex(len)?)
 }
 
 /// A segment, if it can be one.

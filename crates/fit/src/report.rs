@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use crate::host::Limits;
 use crate::replay::{Policy, Replay};
+use crate::trace::{Cut, Gaps};
 
 /// A trace through one policy.
 #[derive(Debug, Clone)]
@@ -28,10 +29,8 @@ pub struct Report {
     pub trace: String,
     /// Under these limits.
     pub limits: Limits,
-    /// Events that the recording lost.
-    pub lost: u64,
-    /// Entries of scatterlists that its events did not keep.
-    pub missing: u64,
+    /// What the trace is known not to say.
+    pub gaps: Gaps,
     /// One for each policy.
     pub rows: Vec<Row>,
 }
@@ -51,6 +50,9 @@ struct JsonRow {
 #[derive(Serialize)]
 struct Json<'r> {
     trace: &'r str,
+    lost_events: u64,
+    missing_entries: u64,
+    caveats: Vec<String>,
     policies: BTreeMap<&'static str, JsonRow>,
 }
 
@@ -68,7 +70,13 @@ impl Report {
             tightest_entries: row.tightest_entries,
         };
         let policies = self.rows.iter().map(|r| (r.policy.name(), row(r))).collect();
-        serde_json::to_string(&Json { trace: &self.trace, policies })
+        serde_json::to_string(&Json {
+            trace: &self.trace,
+            lost_events: self.gaps.lost,
+            missing_entries: self.gaps.missing,
+            caveats: self.caveats(),
+            policies,
+        })
     }
 
     /// A table for the terminal.
@@ -118,28 +126,64 @@ impl Report {
             text.push_str(&verdict(r));
             text.push('\n');
         }
-        text + &self.caveats()
-    }
-
-    /// What the recording does not say.
-    fn caveats(&self) -> String {
-        let mut text = String::new();
-        if self.lost > 0 {
-            let _ = writeln!(
-                text,
-                "  the recording lost {} events: these figures are not the whole truth; record again with a larger buffer",
-                self.lost
-            );
-        }
-        if self.missing > 0 {
-            let _ = writeln!(
-                text,
-                "  {} entries of long scatterlists are missing: the kernel keeps the first 128 of a list, and these lists' unmappings were \
-                 not recorded; entries and bytes are higher than shown",
-                self.missing
-            );
+        for caveat in self.caveats() {
+            let _ = writeln!(text, "  {caveat}");
         }
         text
+    }
+
+    /// What the recording does not say, one sentence each.
+    fn caveats(&self) -> Vec<String> {
+        let Gaps { lost, lost_at_least, missing, estimated, unmatched, misplaced, cut, unfinished } =
+            self.gaps;
+        let mut caveats = Vec::new();
+        if lost > 0 {
+            let least = if lost_at_least { "at least " } else { "" };
+            caveats.push(format!(
+                "the recording lost {least}{lost} events: these figures are not the whole truth; record again with a larger buffer"
+            ));
+        }
+        if unfinished {
+            caveats.push(
+                "outboard record did not finish this recording (its last line, with the number of lost events, is missing): these figures may \
+                 not be the whole truth"
+                    .to_owned(),
+            );
+        }
+        match cut {
+            Some(Cut::Counted) => caveats.push(
+                "the file's last line has no end: it is counted as it stands, but the recording may have been cut there".to_owned(),
+            ),
+            Some(Cut::LeftOut) => caveats.push(
+                "the file ends within a line, which is left out: the recording was cut there, and what came after it is not counted"
+                    .to_owned(),
+            ),
+            None => {}
+        }
+        if missing > 0 {
+            caveats.push(format!(
+                "{missing} entries of long scatterlists are missing: the kernel keeps the first 128 of a list, and these lists' unmappings \
+                 were not recorded; entries and bytes are higher than shown"
+            ));
+        }
+        if estimated > 0 {
+            caveats.push(format!(
+                "{estimated} entries of scatterlists are counted with even shares of their list's length: an IOMMU merged them, and the \
+                 recording does not say how long each was"
+            ));
+        }
+        if unmatched > 0 {
+            caveats.push(format!(
+                "{unmatched} unmappings are of what was mapped before the recording began (or are lost): that is not in these figures"
+            ));
+        }
+        if misplaced > 0 {
+            caveats.push(format!(
+                "{misplaced} allocations are counted at their bus addresses, which an IOMMU translated: the kernel does not record where they \
+                 lie; bytes are right, entries may not be"
+            ));
+        }
+        caveats
     }
 }
 

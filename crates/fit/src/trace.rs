@@ -42,10 +42,38 @@ pub struct Trace {
     pub segments: Vec<Segment>,
     /// Text of the markers.
     pub markers: Vec<String>,
-    /// Events that the recording says it lost: figures are too low then.
+    /// What is known to be absent or uncertain.
+    pub gaps: Gaps,
+}
+
+/// What a trace is known not to say; with any of these its figures are not the whole truth.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Gaps {
+    /// Events that the recording says it lost.
     pub lost: u64,
-    /// Entries of long scatterlists that the kernel's events did not keep; they are not in `segments`.
+    /// The recording lost some that nobody counted: `lost` is the least.
+    pub lost_at_least: bool,
+    /// Entries of long scatterlists that the kernel's events did not keep; they are not in the trace's segments.
     pub missing: u64,
+    /// Entries of scatterlists whose lengths are even shares of a sum.
+    pub estimated: u64,
+    /// Unmappings of what no call of the recording has mapped.
+    pub unmatched: u64,
+    /// Allocations that lie at their bus addresses for want of physical ones, where an IOMMU translates.
+    pub misplaced: u64,
+    /// The file ends within a line.
+    pub cut: Option<Cut>,
+    /// `outboard record` began the file and did not finish it.
+    pub unfinished: bool,
+}
+
+/// What became of a last line that has no end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cut {
+    /// It looks whole and is counted.
+    Counted,
+    /// It is not whole and is left out.
+    LeftOut,
 }
 
 impl Trace {

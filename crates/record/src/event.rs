@@ -166,6 +166,9 @@ fn located(record: &[u8], field: Field) -> Option<(usize, usize)> {
 fn print_array(line: &mut String, record: &[u8], field: Field, element: usize) -> Option<()> {
     let (offset, length) = located(record, field)?;
     let data = record.get(offset..offset.checked_add(length)?)?;
+    if !length.is_multiple_of(element) {
+        return None;
+    }
     line.push('{');
     for (index, bytes) in data.chunks_exact(element).enumerate() {
         let comma = if index == 0 { "" } else { "," };

@@ -101,6 +101,14 @@ fn a_cut_list_is_read_whole_by_fit() {
     assert!(matches!(trace.calls[1].op, Op::Unmap(0)), "{:?}", trace.calls[1]);
 }
 
+/// A length that no whole number of entries has: what was recorded is not known.
+#[test]
+fn a_list_with_half_an_entry_is_no_list() {
+    let (printer, mut record) = unmap(2);
+    record[12..16].copy_from_slice(&(40_u32 | 12 << 16).to_le_bytes());
+    assert_eq!(printer.line(0, 0, &record), None);
+}
+
 #[test]
 fn what_a_kernel_does_not_have_is_named() {
     let format = Format::parse(COMMON);

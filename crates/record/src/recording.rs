@@ -3,6 +3,7 @@
 use crate::error::Error;
 use crate::event::Printer;
 use crate::ring::{Layout, records};
+use crate::tracefs::Lost;
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, BufWriter, Read, Write};
@@ -17,7 +18,7 @@ pub(crate) struct Recording {
     seen: u64,
     /// Events written and waiting.
     pub(crate) events: u64,
-    /// Records that did not have the fields their format promises.
+    /// Records that did not have the fields their format promises, and pages that were not as the kernel lays them out.
     pub(crate) damaged: u64,
     page: Vec<u8>,
 }
@@ -37,9 +38,18 @@ impl Recording {
         })
     }
 
-    /// A line of its own, which readers pass over.
-    pub(crate) fn comment(&mut self, text: &str) -> Result<(), Error> {
-        self.output(|file| writeln!(file, "# {text}"))
+    /// Writes the first lines. By the very first `outboard fit` knows that a last one must come.
+    pub(crate) fn begin(&mut self, release: &str, command: &str) -> Result<(), Error> {
+        let command = command.replace(char::is_control, " ");
+        self.output(|file| writeln!(file, "# outboard record, Linux {release}\n# command: {command}"))
+    }
+
+    /// Writes what is left and, last, what was lost: whoever gets the file later must know. Everything is in the file then.
+    pub(crate) fn end(&mut self, lost: Lost) -> Result<(), Error> {
+        self.write_until(u64::MAX)?;
+        let lost = lost.0 + self.damaged;
+        self.output(|file| writeln!(file, "# lost {lost} events"))?;
+        self.output(BufWriter::flush)
     }
 
     /// Reads every buffer until it is empty, and writes what no later event can come before: all that is older than what was
@@ -77,7 +87,7 @@ impl Recording {
                 }
             };
             let Self { waiting, seen, events, damaged, page, .. } = self;
-            records(layout, &page[..read], |time, record| {
+            let whole = records(layout, &page[..read], |time, record| {
                 let id = record.first_chunk().map_or(0, |id| u16::from_le_bytes(*id));
                 // Others get into the buffer too, such as marks of the kernel's own.
                 let Some(printer) = printers.get(&id) else { return };
@@ -90,6 +100,8 @@ impl Recording {
                     None => *damaged += 1,
                 }
             });
+            // Of how many events is not known; at least one.
+            *damaged += u64::from(whole.is_err());
         }
     }
 
@@ -99,16 +111,6 @@ impl Recording {
         let count = self.waiting.partition_point(|(at, _)| *at <= time);
         let lines: Vec<_> = self.waiting.drain(..count).collect();
         self.output(|file| lines.iter().try_for_each(|(_, line)| file.write_all(line.as_bytes())))
-    }
-
-    /// Writes what is left.
-    pub(crate) fn finish(&mut self) -> Result<(), Error> {
-        self.write_until(u64::MAX)
-    }
-
-    /// What was written is in the file.
-    pub(crate) fn flush(&mut self) -> Result<(), Error> {
-        self.output(BufWriter::flush)
     }
 
     fn output(&mut self, write: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>) -> Result<(), Error> {
@@ -142,13 +144,54 @@ mod tests {
         vec![6, 5, bus, 4096, 0, (16 << 16) | 20, u32::from_le_bytes(*b"dev\0")]
     }
 
-    #[test]
-    fn cpus_are_merged_by_time() {
+    /// A printer of `event`'s records, as event number 5.
+    fn printers(event: &'static str) -> HashMap<u16, Printer> {
         let text = "ID: 5\n\tfield:u32 dma_addr;\toffset:4;\tsize:4;\tsigned:0;\n\
             \tfield:u32 size;\toffset:8;\tsize:4;\tsigned:0;\n\tfield:u32 virt_addr;\toffset:12;\tsize:4;\tsigned:0;\n\
             \tfield:__data_loc char[] device;\toffset:16;\tsize:4;\tsigned:0;\n";
-        let printer = Printer::new("dma_free", &Format::parse(text)).expect("fields");
-        let printers = HashMap::from([(5, printer)]);
+        let printer = Printer::new(event, &Format::parse(text)).expect("fields");
+        HashMap::from([(5, printer)])
+    }
+
+    /// What a recording of an allocation says to `outboard fit`: with what the kernel lost, and what could not be read.
+    #[test]
+    fn fit_judges_the_file() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("x.trace");
+        // The record has only one field: the printer wants more.
+        let short = page(2000, &[2, 5, 0x3000]);
+        let mut broken = page(3000, &event(0x5000));
+        broken[8] = 0xff;
+        let mut allocation = event(0x1000);
+        // A pointer: it did not fail.
+        allocation[4] = 1;
+        for (pages, lost, said) in [
+            (vec![], 0, Some(0)),
+            (vec![], 7, Some(7)),
+            (vec![Some(short.clone())], 0, Some(1)),
+            (vec![Some(broken), Some(short)], 7, Some(9)),
+            (vec![], 0, None),
+        ] {
+            let mut recording = Recording::create(&path).expect("created");
+            recording.begin("6.18", "sh -c 'echo\n# lost 3 events'").expect("written");
+            let mut pages = Pages([vec![Some(page(1000, &allocation))], pages].concat());
+            recording.drain(&layout(4096), &printers("dma_alloc"), 0, &mut pages).expect("read");
+            match said {
+                Some(_) => recording.end(Lost(lost)).expect("written"),
+                // Killed before its end.
+                None => {
+                    recording.write_until(u64::MAX).expect("written");
+                    recording.output(BufWriter::flush).expect("written");
+                }
+            }
+            let gaps = outboard_fit::read(&path, None).expect("fit reads it").gaps;
+            assert_eq!((gaps.lost, gaps.unfinished), (said.unwrap_or(0), said.is_none()));
+        }
+    }
+
+    #[test]
+    fn cpus_are_merged_by_time() {
+        let printers = printers("dma_free");
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("x.trace");
         let mut recording = Recording::create(&path).expect("created");
@@ -164,10 +207,10 @@ mod tests {
             recording.drain(&layout(4096), &printers, 0, &mut first).expect("read");
             recording.drain(&layout(4096), &printers, 1, &mut second).expect("read");
             recording.write_until(before).expect("written");
-            recording.flush().expect("written");
+            recording.output(BufWriter::flush).expect("written");
             assert_eq!(bus(&path), expected);
         }
-        recording.finish().expect("written");
+        recording.end(Lost(0)).expect("written");
         assert_eq!((recording.events, recording.damaged), (4, 0));
     }
 }

@@ -37,45 +37,50 @@ impl Layout {
     }
 }
 
-/// Calls `record` with the time (ns) and the bytes of every event of `page`. A damaged page ends early.
-pub(crate) fn records(layout: &Layout, page: &[u8], mut record: impl FnMut(u64, &[u8])) {
-    let Some(mut time) = number(page, 0, 8) else { return };
-    let Some(length) = number(page, layout.commit.0, layout.commit.1) else { return };
-    let start = layout.data.min(page.len());
-    let data = &page[start..];
-    let data = &data[..data.len().min((length & LENGTH_MASK) as usize)];
+/// A page, or its rest, is not as the kernel lays pages out: the events in it cannot be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Damaged;
+
+/// Calls `record` with the time (ns) and the bytes of every event of `page`.
+///
+/// # Errors
+/// [`Damaged`] where the page ends early: what is behind that place is not known.
+pub(crate) fn records(
+    layout: &Layout,
+    page: &[u8],
+    mut record: impl FnMut(u64, &[u8]),
+) -> Result<(), Damaged> {
+    let mut time = number(page, 0, 8).ok_or(Damaged)?;
+    let length = number(page, layout.commit.0, layout.commit.1).ok_or(Damaged)?;
+    let length = (length & LENGTH_MASK) as usize;
+    let data = page.get(layout.data..).and_then(|data| data.get(..length)).ok_or(Damaged)?;
     let mut at = 0;
     while let Some(header) = word(data, at) {
         let (kind, delta) = (header & 0x1f, u64::from(header >> 5));
         let first = word(data, at + 4).map(u64::from);
         let (begin, end) = match kind {
-            PADDING if delta == 0 => return,
+            PADDING if delta == 0 => return Ok(()),
             PADDING => {
                 // Discarded: its time still counts.
                 time = time.wrapping_add(delta);
-                let Some(length) = first else { return };
-                at += 4 + length as usize;
+                at += 4 + first.ok_or(Damaged)? as usize;
                 continue;
             }
             TIME_EXTEND | TIME_STAMP => {
-                let Some(first) = first else { return };
-                let value = (first << DELTA_BITS) | delta;
+                let value = (first.ok_or(Damaged)? << DELTA_BITS) | delta;
                 let absolute = kind == TIME_STAMP;
                 time = if absolute { value | (time & HIGH_TIME) } else { time.wrapping_add(value) };
                 at += 8;
                 continue;
             }
-            0 => {
-                let Some(length) = first else { return };
-                (at + 8, at + 4 + length as usize)
-            }
+            0 => (at + 8, at + 4 + first.ok_or(Damaged)? as usize),
             words => (at + 4, at + 4 + 4 * words as usize),
         };
         time = time.wrapping_add(delta);
-        let Some(bytes) = data.get(begin..end) else { return };
-        record(time, bytes);
+        record(time, data.get(begin..end).ok_or(Damaged)?);
         at = end.next_multiple_of(4);
     }
+    Ok(())
 }
 
 fn word(bytes: &[u8], at: usize) -> Option<u32> {
@@ -107,7 +112,8 @@ pub(crate) mod tests {
 
     fn read(page: &[u8]) -> Vec<(u64, Vec<u8>)> {
         let mut all = Vec::new();
-        records(&layout(4096), page, |time, bytes| all.push((time, bytes.to_vec())));
+        let whole = records(&layout(4096), page, |time, bytes| all.push((time, bytes.to_vec())));
+        assert_eq!(whole, Ok(()));
         all
     }
 
@@ -142,11 +148,22 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn damage_ends_a_page() {
-        for words in [&[0, 4000][..], &[28], &[0], &[PADDING | 1 << 5, u32::MAX], &[TIME_EXTEND], &[0, 0]] {
-            let _ = read(&page(0, words));
+    fn damage_is_noticed() {
+        let count = |page: &[u8]| {
+            let mut count = 0;
+            records(&layout(4096), page, |_, _| count += 1).map(|()| count)
+        };
+        for words in [&[0, 4000][..], &[28], &[0], &[PADDING | 1 << 5], &[TIME_EXTEND], &[0, 0], &[1, 7, 28]]
+        {
+            assert_eq!(count(&page(0, words)), Err(Damaged), "{words:?}");
         }
-        assert!(read(&[]).is_empty());
-        assert!(read(&[0; 12]).is_empty());
+        assert_eq!(count(&[]), Err(Damaged));
+        assert_eq!(count(&[0; 12]), Err(Damaged));
+        let whole = page(0, &[1, 7, 1, 8]);
+        assert_eq!(count(&whole), Ok(2));
+        assert_eq!(count(&whole[..28]), Err(Damaged), "less was read than the page says");
+        // Padding up to the end of the page.
+        assert_eq!(count(&page(0, &[1, 7, PADDING | 1 << 5, 8, 0])), Ok(1));
+        assert_eq!(count(&page(0, &[PADDING | 1 << 5, u32::MAX])), Ok(0));
     }
 }

@@ -36,12 +36,9 @@ pub fn run(args: &Args) -> Result<u8, Error> {
     let instance = Instance::new(args.device.as_deref(), args.buffer)?;
     let mut recording = Recording::create(&args.output)?;
     let command: Vec<_> = args.command.iter().map(|word| word.to_string_lossy()).collect();
-    recording.comment(&format!("outboard record, Linux {}", tracefs::release()))?;
-    recording.comment(&format!("command: {}", command.join(" ").replace('\n', " ")))?;
+    recording.begin(&tracefs::release(), &command.join(" "))?;
     let (status, lost) = record(args, &instance, &mut recording, &mut signals)?;
-    // The file says it too: whoever gets it later must know.
-    recording.comment(&format!("lost {} events", lost.0 + recording.damaged))?;
-    recording.flush()?;
+    recording.end(lost)?;
     Ok(report(args, &instance, &recording, lost, status))
 }
 
@@ -78,7 +75,6 @@ fn record(
     for _ in 0..2 {
         recording.round(layout, printers, &mut buffers)?;
     }
-    recording.finish()?;
     Ok((status, instance.lost()?))
 }
 

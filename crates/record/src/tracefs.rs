@@ -74,7 +74,8 @@ impl Instance {
             }
             self.write(&format!("{event}/enable"), "1")?;
         }
-        Ok(())
+        // A kernel that does not say what it lost is found now, not when the command has run.
+        self.lost().map(drop)
     }
 
     /// Starts or stops the recording.
@@ -97,7 +98,11 @@ impl Instance {
     pub(crate) fn lost(&self) -> Result<Lost, Error> {
         let mut lost = 0;
         for cpu in self.cpus()? {
-            lost += parse_lost(&self.read(&format!("per_cpu/cpu{cpu}/stats"))?);
+            let path = format!("per_cpu/cpu{cpu}/stats");
+            lost += parse_lost(&self.read(&path)?).ok_or_else(|| Error::Unknown {
+                what: path,
+                detail: "it does not say how many events were lost".to_owned(),
+            })?;
         }
         Ok(Lost(lost))
     }
@@ -234,14 +239,14 @@ fn remove_stale(instances: &Path) {
     }
 }
 
-/// `overrun` (oldest lost), `dropped events` (newest lost) and `commit overrun` (lost in nested writes) of a `stats` file.
-fn parse_lost(stats: &str) -> u64 {
-    let counts = ["overrun", "dropped events", "commit overrun"];
-    let number = |line: &str| {
-        let (name, number) = line.split_once(':')?;
-        counts.contains(&name.trim()).then(|| number.trim().parse::<u64>().ok())?
+/// `overrun` (oldest lost), `dropped events` (newest lost) and `commit overrun` (lost in nested writes) of a `stats` file; none if one
+/// of them is not there.
+fn parse_lost(stats: &str) -> Option<u64> {
+    let count = |name: &str| {
+        let number = stats.lines().find_map(|line| line.trim().strip_prefix(name)?.strip_prefix(':'));
+        number?.trim().parse::<u64>().ok()
     };
-    stats.lines().filter_map(number).sum()
+    ["overrun", "commit overrun", "dropped events"].into_iter().map(count).sum()
 }
 
 #[cfg(test)]
@@ -252,8 +257,10 @@ mod tests {
     fn lost_events_are_counted() {
         let stats = "entries: 7\noverrun: 3\ncommit overrun: 2\nbytes: 99\noldest event ts: 1.0\n\
             now ts: 2.0\ndropped events: 40\nread events: 5\n";
-        assert_eq!(parse_lost(stats), 45);
-        assert_eq!(parse_lost(""), 0);
+        assert_eq!(parse_lost(stats), Some(45));
+        assert_eq!(parse_lost(&stats.replace("40", "many")), None);
+        assert_eq!(parse_lost(&stats.replace("commit overrun: 2\n", "")), None);
+        assert_eq!(parse_lost(""), None);
     }
 
     #[test]
