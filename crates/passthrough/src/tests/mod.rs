@@ -4,5 +4,6 @@ mod config;
 mod device;
 mod interrupts;
 mod lifecycle;
+mod registers;
 mod simulated;
 mod slot;
