@@ -3,7 +3,7 @@
 use crate::config::COMMAND;
 use crate::function::{Function, State};
 use crate::health::Loss;
-use outboard_bus::{Width, warn_limited};
+use outboard_bus::{Width, error_limited, warn_limited};
 use outboard_host_pci::Error;
 use outboard_pci::ConfigAccess;
 use outboard_pci::regs::{COMMAND_BUS_MASTER, COMMAND_IO, COMMAND_MEMORY};
@@ -278,7 +278,7 @@ impl Function {
         self.msi.iter().chain(&self.msix).for_each(|vectors| vectors.state.reset());
         match self.host.set_bus_master(false) {
             Err(error) if first && !matches!(error, Error::Gone(_)) => {
-                tracing::error!("{}: its DMA may go on until it is reset: {error}", self.name);
+                error_limited!("{}: its DMA may go on until it is reset: {error}", self.name);
             }
             _ => {}
         }

@@ -10,7 +10,7 @@ use crate::{
     Error, FunctionIdentity, HostBar, HostBarKind, HostFunction, InterruptCounts, InterruptKind,
     InterruptSink, IoPorts, MappedBar, Result, check_mappable,
 };
-use outboard_bus::Width;
+use outboard_bus::{Width, error_limited};
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -288,7 +288,7 @@ impl Drop for SimulatedFunction {
     fn drop(&mut self) {
         // Interrupts off, bus master off, reset: the last does all three.
         if let Err(error) = self.reset_and_check() {
-            tracing::error!("giving back {}: {error}", self.identity.address);
+            error_limited!("giving back {}: {error}", self.identity.address);
         }
         let mut state = self.device.lock();
         state.domain = None;

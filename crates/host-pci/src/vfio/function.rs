@@ -11,7 +11,7 @@ use crate::{
     Error, FunctionIdentity, HostBar, HostBarKind, HostFunction, InterruptCounts, InterruptKind,
     InterruptSink, IoPorts, MappedBar, PciAddress, Result,
 };
-use outboard_bus::{Event, Width};
+use outboard_bus::{Event, Width, warn_limited};
 use std::ffi::CString;
 use std::fs::File;
 use std::ops::Range;
@@ -324,7 +324,7 @@ impl Drop for VfioFunction {
                 Err(Error::Host { source, .. }) if source.raw_os_error() == Some(libc::EAGAIN) => {
                     tracing::info!("{address} is the host's again as it is: its DMA and interrupts are off");
                 }
-                Err(error) => tracing::warn!("giving back {address}, {step}: {error}"),
+                Err(error) => warn_limited!("giving back {address}, {step}: {error}"),
             }
         }
     }

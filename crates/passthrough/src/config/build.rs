@@ -6,6 +6,7 @@ use super::registers::Registers;
 use super::rules::{self, Field, Len, Rule};
 use super::table::{Dword, HIDDEN, RAW, READ_ONLY};
 use super::{COMMAND, COMMAND_INTX_DISABLE, Table};
+use outboard_bus::warn_limited;
 use outboard_host_pci::{HostBar, InterruptCounts};
 use outboard_pci::{BAR_COUNT, Space, regs};
 use std::ops::Range;
@@ -262,13 +263,13 @@ impl Builder<'_> {
         let range = match self.len(cap, rule.len).and_then(|len| cap.at.checked_add(len)) {
             Some(end) if end > cap.at && end <= chain.after(cap) => cap.at..end.next_multiple_of(4),
             _ => {
-                tracing::warn!("capability {:#x} at {:#x} does not fit; it is hidden", cap.id, cap.at);
+                warn_limited!("capability {:#x} at {:#x} does not fit; it is hidden", cap.id, cap.at);
                 return false;
             }
         };
         let dwords = usize::from(range.start / 4)..usize::from(range.end / 4);
         if self.claimed[dwords.clone()].contains(&true) || !self.accept(cap) {
-            tracing::warn!("capability {:#x} at {:#x} is malformed; it is hidden", cap.id, cap.at);
+            warn_limited!("capability {:#x} at {:#x} is malformed; it is hidden", cap.id, cap.at);
             return false;
         }
         self.claimed[dwords].fill(true);

@@ -4,6 +4,7 @@ mod config;
 mod device;
 mod interrupts;
 mod lifecycle;
+mod logs;
 mod registers;
 mod simulated;
 mod slot;
