@@ -2,6 +2,7 @@ mod abuse;
 mod bars;
 mod config;
 mod device;
+mod faults;
 mod interrupts;
 mod lifecycle;
 mod logs;
