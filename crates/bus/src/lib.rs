@@ -17,6 +17,15 @@ pub use width::Width;
 
 #[doc(hidden)]
 pub mod __private {
+    /// Body of [`crate::error_limited`].
+    pub fn error_with_count(swallowed: u64, message: std::fmt::Arguments<'_>) {
+        if swallowed == 0 {
+            tracing::error!("{message}");
+        } else {
+            tracing::error!("{message} ({swallowed} similar messages were dropped)");
+        }
+    }
+
     /// Body of [`crate::warn_limited`]: keeps the macro's expansion small.
     pub fn warn_with_count(swallowed: u64, message: std::fmt::Arguments<'_>) {
         if swallowed == 0 {

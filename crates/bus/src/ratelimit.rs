@@ -65,6 +65,17 @@ macro_rules! warn_limited {
     }};
 }
 
+/// [`warn_limited`] for an error.
+#[macro_export]
+macro_rules! error_limited {
+    ($($arg:tt)+) => {{
+        static LIMIT: $crate::RateLimit = $crate::RateLimit::guest_default();
+        if let Some(swallowed) = LIMIT.allow() {
+            $crate::__private::error_with_count(swallowed, format_args!($($arg)+));
+        }
+    }};
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -4,7 +4,7 @@
 
 use crate::{GuestMemory, ServedSlot, ram};
 use outboard_abi::{STATE_GONE, STATE_OFF, STATE_ON, Status};
-use outboard_bus::warn_limited;
+use outboard_bus::{error_limited, warn_limited};
 use outboard_host_pci::{BusAddress, DmaDomain, DmaUsage, Error, GRANULE, Release};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -276,7 +276,7 @@ impl Core {
         state.patience = next;
         drop(state);
         let Some(function) = waiting.filter(|_| next == Patience::Told) else { return false };
-        tracing::warn!(
+        warn_limited!(
             "{function} cannot do DMA: a driver in the guest has turned it on, but with dma=mac the guest has to ask for each mapping, and nothing \
              in it does. Install the kernel module outboard_dma in the guest (docs/guest-module.md), load it, and bind the driver again"
         );
@@ -306,7 +306,7 @@ impl Core {
             self.release(&mut state);
         } else {
             state.keep = true;
-            tracing::error!("{}: what its device could reach stays mapped: it cannot be stopped", self.name);
+            error_limited!("{}: what its device could reach stays mapped: it cannot be stopped", self.name);
         }
         self.enter(&mut state, if silent { Phase::Off } else { Phase::Gone });
     }
@@ -411,7 +411,7 @@ impl Drop for Core {
     fn drop(&mut self) {
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
         if !state.mappings.is_empty() {
-            tracing::error!("{}: guest memory stays allocated, since a device may still write it", self.name);
+            error_limited!("{}: guest memory stays allocated, since a device may still write it", self.name);
             std::mem::forget((self.ram.clone(), state.served.take()));
         }
     }

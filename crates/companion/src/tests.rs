@@ -3,5 +3,6 @@
 mod batches;
 mod hostile;
 mod life;
+mod nth;
 mod published;
 mod rig;

@@ -9,6 +9,7 @@ pub mod conformance;
 mod error;
 mod fingerprint;
 pub mod host;
+mod io_ports;
 mod mac;
 mod policy;
 pub mod simulated;
@@ -17,6 +18,7 @@ pub mod vfio;
 
 pub use address::{AddressError, PciAddress, Selection};
 pub use error::{Error, Result};
+pub use io_ports::IoPorts;
 pub use outboard_dart::Release;
 pub use policy::{DmaPolicy, PolicyError};
 
@@ -61,7 +63,7 @@ pub enum HostBarKind {
         /// Reads have no side effects, writes may be merged.
         prefetchable: bool,
     },
-    /// I/O ports. A Mac has none; they are shown to a guest as unassigned.
+    /// I/O ports; never mapped.
     Io,
 }
 
@@ -163,8 +165,11 @@ pub trait HostFunction: Send + Sync {
     /// Bytes of config space: 256, or 4096 for a PCIe function.
     fn config_len(&self) -> u16;
 
-    /// The base address registers, by index; a 64-bit BAR stands at its lower one.
+    /// The base address registers that can be reached, by index; a 64-bit BAR stands at its lower one.
     fn bars(&self) -> [Option<HostBar>; 6];
+
+    /// What of the function's I/O ports is among [`HostFunction::bars`].
+    fn io_ports(&self) -> IoPorts;
 
     /// The expansion ROM's contents, if it has one.
     ///
@@ -179,7 +184,7 @@ pub trait HostFunction: Send + Sync {
     /// smaller than a page), [`Error::Gone`], [`Error::Host`].
     fn map_bar(&self, bar: usize, offset: u64, len: u64) -> Result<Arc<dyn MappedBar>>;
 
-    /// Reads a BAR's register by a call to the back end: slow, for what cannot be mapped.
+    /// Reads a BAR's register by a call to the back end: slow, for what cannot be mapped. I/O ports take 1, 2 and 4 bytes.
     ///
     /// # Errors
     /// [`Error::OutOfRange`], [`Error::Gone`], [`Error::Host`].

@@ -1,6 +1,7 @@
 //! Bus addresses as a Mac gives them out, for domains that play one.
 
 use crate::{BusAddress, DmaLimits, DmaUsage, Error, GRANULE, PciAddress, Release, Result};
+use outboard_bus::error_limited;
 use outboard_dart::{Config, ConfigError, Dart, MapError};
 use std::collections::{BTreeSet, HashMap};
 use std::time::{Duration, Instant};
@@ -71,7 +72,7 @@ impl Mac {
         self.bytes -= len;
         let now = self.now();
         if let Err(error) = self.dart.unmap(now, handle, release) {
-            tracing::error!("the model of the DART lost a mapping: {error}; this is a bug in Outboard");
+            error_limited!("the model of the DART lost a mapping: {error}; this is a bug in Outboard");
         }
         self.report();
     }

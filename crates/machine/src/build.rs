@@ -235,7 +235,11 @@ fn add_board(bus: &MmioBus, gic: &Arc<dyn InterruptController>) -> Result<(Arc<P
 }
 
 fn add_pci(bus: &Arc<MmioBus>, space: &AddressSpace) -> Result<Arc<RootComplex>, Error> {
-    let windows = Windows { mmio32: layout::PCI_WINDOW_32, mmio64: space.pci_window_64.clone() };
+    let windows = Windows {
+        mmio32: layout::PCI_WINDOW_32,
+        mmio64: space.pci_window_64.clone(),
+        io: layout::PCI_IO_WINDOW,
+    };
     let root = RootComplex::new(bus, windows);
     bus.insert(layout::ECAM, layout::ECAM_SIZE, Arc::new(Ecam::new(root.clone())))?;
     Ok(root)

@@ -62,7 +62,8 @@ impl Bars {
     }
 }
 
-/// Whether a BAR goes above 4 GiB: behind a bridge only prefetchable ones do (PCIe 7.5.1.2.1). `None` for I/O, which no guest has.
+/// Whether a BAR goes above 4 GiB: behind a bridge only prefetchable ones do (PCIe 7.5.1.2.1). `None` for I/O ports: their window has room
+/// for more than 31 slots can have that keep to 256 ports a BAR (PCI 6.2.5.1).
 fn is_high(kind: HostBarKind) -> Option<bool> {
     match kind {
         HostBarKind::Io => None,

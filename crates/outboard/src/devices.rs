@@ -81,6 +81,9 @@ fn paragraph(function: &Function, names: &Names, obstacles: &[Refusal]) -> Strin
         let bars: Vec<String> = function.bars.iter().map(bar).collect();
         let _ = writeln!(text, "    {}", bars.join(", "));
     }
+    if let Some(warning) = function.io_ports.warning() {
+        let _ = writeln!(text, "    warning: {warning}");
+    }
     match obstacles {
         [] if function.bound() => text += "    ready: outboard run --device can use it\n",
         [] => {
@@ -129,6 +132,7 @@ fn object(function: &Function, names: &Names, obstacles: &[Refusal]) -> Value {
         "bound": function.bound(),
         "possible": reasons.is_empty(),
         "reasons": reasons,
+        "warnings": Vec::from_iter(function.io_ports.warning()),
     })
 }
 
@@ -159,6 +163,45 @@ fn release(host: &Host, selection: Selection) -> Result<String, Refusal> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use outboard_host_pci::IoPorts;
+    use outboard_host_pci::host::SysfsWriter;
+
+    #[test]
+    fn ports_that_a_guest_does_not_get_are_warned_of() {
+        let function = |io_ports| Function {
+            address: "0000:01:00.0".parse().unwrap(),
+            vendor: 0x8086,
+            device: 0x100e,
+            subsystem_vendor: 0,
+            subsystem_device: 0,
+            class: 0x02_0000,
+            revision: 0,
+            driver: Some("vfio-pci".into()),
+            group: Some(1),
+            bars: vec![],
+            io_ports,
+            driver_override: None,
+            bridge: false,
+        };
+        let names = Host::at(std::path::Path::new("/nowhere"), Box::new(Nowhere)).names();
+        for ports in [IoPorts::Unassigned, IoPorts::Absent] {
+            let function = function(ports);
+            let text = paragraph(&function, &names, &[]);
+            assert!(text.contains("    warning: it has I/O ports"), "{text}");
+            assert!(text.contains("ready"), "it can be used all the same: {text}");
+            assert!(object(&function, &names, &[])["warnings"][0].is_string());
+        }
+        let function = function(IoPorts::Reachable);
+        assert!(!paragraph(&function, &names, &[]).contains("warning"));
+        assert_eq!(object(&function, &names, &[])["warnings"], json!([]));
+    }
+
+    struct Nowhere;
+    impl SysfsWriter for Nowhere {
+        fn write(&self, _: &std::path::Path, _: &str) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
 
     #[test]
     fn sizes_are_whole() {

@@ -3,10 +3,10 @@
 use crate::config::COMMAND;
 use crate::function::{Function, State};
 use crate::health::Loss;
-use outboard_bus::{Width, warn_limited};
+use outboard_bus::{Width, error_limited, warn_limited};
 use outboard_host_pci::Error;
 use outboard_pci::ConfigAccess;
-use outboard_pci::regs::{COMMAND_BUS_MASTER, COMMAND_MEMORY};
+use outboard_pci::regs::{COMMAND_BUS_MASTER, COMMAND_IO, COMMAND_MEMORY};
 use std::time::Duration;
 
 /// DEVCTL: initiate function level reset.
@@ -105,7 +105,7 @@ impl Function {
         for (register, value) in placed {
             state.table.set(register, u32::MAX, value);
         }
-        state.table.set(COMMAND, u32::from(COMMAND_MEMORY), decoding);
+        state.table.set(COMMAND, u32::from(COMMAND_MEMORY | COMMAND_IO), decoding);
         for (index, ipa) in shown.into_iter().enumerate() {
             if let (Some(ipa), Some(bar)) = (ipa.filter(|_| self.health.usable()), self.bars.get(index)) {
                 state.mappings.show(&*self.host, &*self.wiring.mapper, (index, bar), ipa);
@@ -243,13 +243,14 @@ impl Function {
     /// The hardware decodes its BARs from here on.
     fn decode(&self) {
         let real = self.host.config_read(COMMAND, Width::B2);
-        let memory = u32::from(COMMAND_MEMORY);
-        let written = real.and_then(|real| match real & memory {
-            0 => self.host.config_write(COMMAND, Width::B2, real | memory),
-            _ => Ok(()),
+        let io = if self.bars.has_ports() { COMMAND_IO } else { 0 };
+        let wanted = u32::from(COMMAND_MEMORY | io);
+        let written = real.and_then(|real| match real & wanted {
+            on if on == wanted => Ok(()),
+            _ => self.host.config_write(COMMAND, Width::B2, real | wanted),
         });
         if let Err(error) = written {
-            self.report("its memory decoding cannot be turned on", &error);
+            self.report("its decoding cannot be turned on", &error);
         }
     }
 
@@ -277,7 +278,7 @@ impl Function {
         self.msi.iter().chain(&self.msix).for_each(|vectors| vectors.state.reset());
         match self.host.set_bus_master(false) {
             Err(error) if first && !matches!(error, Error::Gone(_)) => {
-                tracing::error!("{}: its DMA may go on until it is reset: {error}", self.name);
+                error_limited!("{}: its DMA may go on until it is reset: {error}", self.name);
             }
             _ => {}
         }

@@ -1,21 +1,22 @@
-use crate::config::{Bars, Facts, Features, Image, Layout};
+use crate::config::{BOOT_0, Bars, Device, Facts, Features, Image, Layout, Registers};
 use crate::health::{Health, Loss};
 use crate::interrupts::Mode;
 use crate::intx::Intx;
 use crate::mapping::Mappings;
 use crate::vectors::Vectors;
 use crate::{Error, Wiring};
-use outboard_bus::{AccessError, Event, Width};
-use outboard_host_pci::{HostFunction, InterruptCounts};
-use outboard_pci::regs::COMMAND_MEMORY;
-use outboard_pci::{ConfigAccess, Decoded, PciFunction, ROM_BAR};
+use outboard_bus::{AccessError, Event, Width, warn_limited};
+use outboard_host_pci::{HostBar, HostBarKind, HostFunction, InterruptCounts};
+use outboard_pci::regs::{COMMAND_IO, COMMAND_MEMORY};
+use outboard_pci::{BAR_COUNT, ConfigAccess, Decoded, PciFunction, ROM_BAR, Space};
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 
 /// A function of the host as the guest's.
 ///
-/// Lock order: the root complex's topology, `state`, `reachable`, a vector, the back end. Trapped BAR accesses take only `reachable`,
-/// interrupts only their vector, so neither waits for a config access or a reset of another kind than their own device's.
+/// Lock order: the root complex's topology, `state`, `reachable`, a vector, the back end. Trapped BAR accesses take only `reachable` (those
+/// to registers that mirror config space, `state` too), interrupts only their vector, so neither waits for a config access or a reset of
+/// another kind than their own device's.
 pub struct Function {
     pub(crate) name: String,
     pub(crate) host: Arc<dyn HostFunction>,
@@ -24,6 +25,10 @@ pub struct Function {
     pub(crate) counts: InterruptCounts,
     pub(crate) fingerprint: Vec<(u16, u32, u32)>,
     pub(crate) bars: Bars,
+    /// Registers in BARs that lead past the rules of config space.
+    pub(crate) registers: Vec<Registers>,
+    /// Dwords of config space that are the vendor's own.
+    pub(crate) vendor: Vec<bool>,
     rom: Vec<u8>,
     pub(crate) msi: Option<Arc<Vectors>>,
     pub(crate) msix: Option<Arc<Vectors>>,
@@ -48,6 +53,8 @@ pub(crate) struct State {
 /// Where a trapped access goes.
 enum Target<'a> {
     Device,
+    /// Registers that lead past the rules of config space.
+    Registers(&'a Registers),
     Table(&'a Vectors, u64),
     Pending(&'a Vectors, u64),
 }
@@ -67,14 +74,11 @@ impl Function {
         }
         let rom = host.rom().map_err(failed)?.unwrap_or_default();
         let counts = host.interrupts();
-        let facts = Facts {
-            bars: host.bars(),
-            rom: Some(rom.len()),
-            interrupts: counts,
-            line: wiring.intx.is_some(),
-        };
+        let (bars, registers) = reachable(&*host);
+        let facts =
+            Facts { bars, rom: Some(rom.len()), interrupts: counts, line: wiring.intx.is_some(), registers };
         let malformed = |why| Error::Malformed { address, why };
-        let Layout { table, bars, features, fingerprint } =
+        let Layout { table, bars, features, fingerprint, vendor } =
             Layout::build(&image, &facts).map_err(malformed)?;
         let vectors = |count| Vectors::new(count, Arc::clone(&wiring.msi), wiring.vectors.clone());
         let health = Health::new(address).map_err(|source| Error::Resources { what: "an event", source })?;
@@ -96,6 +100,8 @@ impl Function {
             counts,
             fingerprint,
             bars,
+            registers: facts.registers,
+            vendor,
             rom,
             health,
             reachable: RwLock::new(false),
@@ -136,8 +142,15 @@ impl Function {
 
     fn target(&self, bar: usize, offset: u64, width: Width) -> Result<Target<'_>, AccessError> {
         let end = offset + width.bytes();
-        if !offset.is_multiple_of(width.bytes()) {
+        let is_port = self.bars.get(bar).is_some_and(|bar| bar.space == Space::Io);
+        if !offset.is_multiple_of(width.bytes()) || is_port && width == Width::B8 {
             return Err(AccessError::BadWidth);
+        }
+        let meets = |registers: &&Registers| {
+            registers.bar == bar && offset < registers.range.end && registers.range.start < end
+        };
+        if let Some(registers) = self.registers.iter().find(meets) {
+            return Ok(Target::Registers(registers));
         }
         let (Some(shape), Some(msix)) = (&self.features.msix, &self.msix) else { return Ok(Target::Device) };
         for ((at, range), table) in [(&shape.table, true), (&shape.pba, false)] {
@@ -161,7 +174,7 @@ impl Function {
     }
 
     /// Runs `access` while the device's memory answers.
-    fn with_device<T>(
+    pub(crate) fn with_device<T>(
         &self,
         access: impl FnOnce() -> outboard_host_pci::Result<T>,
     ) -> Result<T, AccessError> {
@@ -174,6 +187,28 @@ impl Function {
             AccessError::NoResponse
         })
     }
+}
+
+/// The BARs of `host` that a guest gets, and what of them leads past the rules of config space. Says what is kept from it.
+fn reachable(host: &dyn HostFunction) -> ([Option<HostBar>; BAR_COUNT], Vec<Registers>) {
+    let identity = host.identity();
+    let mut bars = host.bars();
+    let (bar, offset) = BOOT_0;
+    let boot = || host.bar_read(bar, offset, Width::B4).ok().map(|value| value as u32);
+    let boot = if Device::has_boot_register(identity) { boot() } else { None };
+    let device = Device { identity, bars: &bars, boot };
+    let (registers, keep_ports) = (device.registers(), device.ports_lead_to_registers());
+    if let Some(warning) = host.io_ports().warning() {
+        warn_limited!("{}: {warning}", identity.address);
+    }
+    if keep_ports {
+        // Nobody misses them: no driver of Linux for these devices uses them.
+        tracing::debug!("{}: its I/O ports lead to all its registers; the guest gets none", identity.address);
+        for bar in &mut bars {
+            *bar = bar.filter(|bar| bar.kind != HostBarKind::Io);
+        }
+    }
+    (bars, registers)
 }
 
 impl PciFunction for Function {
@@ -206,12 +241,15 @@ impl PciFunction for Function {
 
     fn decoded(&self) -> Decoded {
         let state = self.lock();
-        let decodes = state.table.value(crate::config::COMMAND) & u32::from(COMMAND_MEMORY) != 0;
-        if decodes && !state.asleep && self.health.usable() {
-            self.bars.placed(&state.table)
-        } else {
-            Decoded::default()
+        if state.asleep || !self.health.usable() {
+            return Decoded::default();
         }
+        let command = state.table.value(crate::config::COMMAND);
+        let decodes = |space| {
+            let bit = if space == Space::Io { COMMAND_IO } else { COMMAND_MEMORY };
+            command & u32::from(bit) != 0
+        };
+        self.bars.placed(&state.table).map(|bar| bar.filter(|bar| decodes(bar.space)))
     }
 
     fn bar_mapped(&self, bar: usize, address: Option<u64>) {
@@ -229,6 +267,7 @@ impl PciFunction for Function {
         }
         match self.target(bar, offset, width)? {
             Target::Device => self.with_device(|| self.host.bar_read(bar, offset, width)),
+            Target::Registers(registers) => self.registers_read(registers, offset, width),
             Target::Table(msix, offset) => msix.state.table_read(offset, width),
             Target::Pending(msix, offset) => msix.state.pba_read(offset, width),
         }
@@ -240,6 +279,7 @@ impl PciFunction for Function {
         }
         match self.target(bar, offset, width)? {
             Target::Device => self.with_device(|| self.host.bar_write(bar, offset, width, value)),
+            Target::Registers(registers) => self.registers_write(registers, offset, width, value),
             Target::Table(msix, offset) => msix.state.table_write(offset, width, value),
             Target::Pending(..) => Ok(()),
         }

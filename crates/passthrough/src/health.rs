@@ -1,6 +1,6 @@
 //! Whether the host's function can still be used.
 
-use outboard_bus::Event;
+use outboard_bus::{Event, error_limited, warn_limited};
 use outboard_host_pci::{Error, PciAddress};
 use std::sync::OnceLock;
 
@@ -46,12 +46,12 @@ impl Health {
         }
         match self.loss.get() {
             Some(Loss::Broken(why)) => {
-                tracing::error!(
+                error_limited!(
                     "{}: {why}; the guest sees it unplugged. Power-cycle it before it is used again",
                     self.address
                 );
             }
-            _ => tracing::warn!(
+            _ => warn_limited!(
                 "{} is gone: the guest sees it unplugged, and reads all-ones from it",
                 self.address
             ),

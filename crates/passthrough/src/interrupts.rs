@@ -6,7 +6,7 @@ use crate::intx::Intx;
 use crate::vectors::Vectors;
 use outboard_bus::{MsiMessage, warn_limited};
 use outboard_host_pci::{InterruptKind, InterruptSink};
-use outboard_pci::regs::{COMMAND_BUS_MASTER, COMMAND_MEMORY};
+use outboard_pci::regs::{COMMAND_BUS_MASTER, COMMAND_IO, COMMAND_MEMORY};
 use std::sync::Arc;
 
 /// What the host's function is told to use.
@@ -98,7 +98,7 @@ impl Function {
         }
         // A function that neither decodes nor masters has not been set up by anybody who could handle its pin.
         let command = table.value(COMMAND);
-        let set_up = command & u32::from(COMMAND_MEMORY | COMMAND_BUS_MASTER) != 0;
+        let set_up = command & u32::from(COMMAND_IO | COMMAND_MEMORY | COMMAND_BUS_MASTER) != 0;
         if self.features.pin && set_up && command & COMMAND_INTX_DISABLE == 0 {
             Mode::Intx
         } else {

@@ -116,7 +116,11 @@ impl Shared {
         let mut wait = FIRST_WAIT;
         while poll_readable(&[self.stop.as_fd()], Some(wait)).is_ok_and(|ready| !ready[0]) {
             match self.host.config_read(STATUS, Width::B2) {
-                Ok(status) if status & INTERRUPT_STATUS != 0 => wait = (2 * wait).min(LONGEST_WAIT),
+                Ok(status) if status & INTERRUPT_STATUS != 0 => {
+                    // Said again, since a kernel that drives the same line for another device may have released it.
+                    self.assert_line();
+                    wait = (2 * wait).min(LONGEST_WAIT);
+                }
                 // Handled, or gone.
                 _ => {
                     self.wiring.line.set(false);
@@ -124,6 +128,15 @@ impl Shared {
                 }
             }
         }
+    }
+
+    /// Asserts the line, unless it was given up.
+    fn assert_line(&self) -> bool {
+        let live = self.live.lock().unwrap_or_else(|e| e.into_inner());
+        if *live {
+            self.wiring.line.set(true);
+        }
+        *live
     }
 
     fn unmask(&self) {
@@ -135,9 +148,7 @@ impl Shared {
 
 impl InterruptSink for Shared {
     fn raise(&self, _: u16) {
-        let live = self.live.lock().unwrap_or_else(|e| e.into_inner());
-        if *live {
-            self.wiring.line.set(true);
+        if self.assert_line() {
             self.raised.signal();
         }
     }

@@ -15,6 +15,7 @@ mod health;
 mod interrupts;
 mod intx;
 mod mapping;
+mod mirror;
 mod slot;
 mod vectors;
 mod wiring;

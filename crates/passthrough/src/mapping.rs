@@ -1,7 +1,7 @@
 //! The parts of BARs that the guest reaches without an exit.
 
 use crate::{GuestMapper, config::Bar};
-use outboard_bus::warn_limited;
+use outboard_bus::{error_limited, warn_limited};
 use outboard_host_pci::{GRANULE, HostFunction, MappedBar};
 use outboard_pci::BAR_COUNT;
 use std::sync::Arc;
@@ -55,7 +55,7 @@ impl Mappings {
                 *piece = match host.map_bar(index, range.start, range.end - range.start) {
                     Ok(mapped) => Piece::Mapped(mapped),
                     Err(error) => {
-                        tracing::warn!(
+                        warn_limited!(
                             "{}: {error}; the guest's accesses to it are slow",
                             host.identity().address
                         );
@@ -80,7 +80,7 @@ impl Mappings {
         self.at[index] = None;
         for Shown { ipa, bar } in self.guest[index].drain(..) {
             if let Err(error) = mapper.unmap(ipa, bar.len()) {
-                tracing::error!(
+                error_limited!(
                     "BAR {index} at {ipa:#x} could not be taken from the guest: {error}; it stays mapped"
                 );
                 self.stuck.push(bar);

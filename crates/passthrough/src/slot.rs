@@ -1,7 +1,7 @@
 //! The functions of a host's slot, together behind one root port, and a thread that watches them.
 
 use crate::{Error, Function, Loss};
-use outboard_bus::{Event, poll_readable};
+use outboard_bus::{Event, error_limited, poll_readable};
 use outboard_host_pci::PciAddress;
 use outboard_pci::{PciFunction, RootComplex, RootPort};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -179,7 +179,7 @@ impl Shared {
         if std::mem::take(&mut *plugged)
             && let Err(error) = self.root.remove_behind(self.device)
         {
-            tracing::error!("PCI slot {} could not be emptied: {error}", self.device);
+            error_limited!("PCI slot {} could not be emptied: {error}", self.device);
         }
     }
 

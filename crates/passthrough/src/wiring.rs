@@ -54,7 +54,8 @@ pub trait LevelBinder: Send + Sync {
 /// The guest's interrupt line of the function's pin.
 #[derive(Clone)]
 pub struct IntxWiring {
-    /// This function's say about the line. Lines are shared: the machine asserts it while any of its drivers does.
+    /// This function's say about the line. Lines are shared: the machine asserts it while any of its drivers does. While it asserts the line
+    /// a function says so again now and then.
     pub line: Arc<dyn IrqLine>,
     /// A way past this process, where there is one.
     pub kernel: Option<Arc<dyn LevelBinder>>,

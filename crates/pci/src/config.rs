@@ -88,7 +88,9 @@ impl ConfigSpace {
             msix: None,
         };
         space.define(0x00, u32::from(identity.device) << 16 | u32::from(identity.vendor), 0);
-        let command = COMMAND_MEMORY | COMMAND_BUS_MASTER | regs::COMMAND_OTHER;
+        // Of the functions that are made of a table only bridges have to do with I/O ports.
+        let io = if header_type == 1 { regs::COMMAND_IO } else { 0 };
+        let command = io | COMMAND_MEMORY | COMMAND_BUS_MASTER | regs::COMMAND_OTHER;
         space.define(regs::COMMAND, 0, u32::from(command));
         space.dwords[usize::from(regs::COMMAND / 4)].write_1_clear = regs::STATUS_W1C;
         space.define(0x08, identity.class << 8 | u32::from(identity.revision), 0);
@@ -242,8 +244,7 @@ impl ConfigSpace {
             return decoded;
         }
         for (index, bar) in self.bars.iter().enumerate() {
-            decoded[index] =
-                bar.map(|bar| BarRange { address: self.bar_address(index, bar.kind), len: bar.len });
+            decoded[index] = bar.map(|bar| BarRange::memory(self.bar_address(index, bar.kind), bar.len));
         }
         decoded
     }

@@ -4,13 +4,36 @@ use outboard_bus::{AccessError, Width};
 /// Base address registers of a type-0 function.
 pub const BAR_COUNT: usize = 6;
 
+/// An address space of PCI.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Space {
+    /// Memory: an address on the bus is the guest-physical one.
+    Memory,
+    /// I/O ports, which the host bridge shows in a window of guest-physical addresses.
+    Io,
+}
+
 /// What a BAR covers while its decoding is on, as the guest programmed it: nobody has checked the address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BarRange {
-    /// Guest-physical address.
+    /// What `address` is an address of.
+    pub space: Space,
+    /// First address on the bus.
     pub address: u64,
     /// Bytes, a power of two.
     pub len: u64,
+}
+
+impl BarRange {
+    /// `len` bytes of memory at `address`.
+    pub const fn memory(address: u64, len: u64) -> Self {
+        Self { space: Space::Memory, address, len }
+    }
+
+    /// `len` I/O ports from `address` on.
+    pub const fn io(address: u64, len: u64) -> Self {
+        Self { space: Space::Io, address, len }
+    }
 }
 
 /// Index of the expansion ROM among what a function decodes, after its BARs.
@@ -18,7 +41,7 @@ pub const ROM_BAR: usize = BAR_COUNT;
 /// BARs and the expansion ROM.
 pub const REGION_COUNT: usize = BAR_COUNT + 1;
 
-/// The memory BARs that a function decodes at the moment, by index; a 64-bit BAR stands at its lower index, the expansion ROM
+/// The BARs that a function decodes at the moment, by index; a 64-bit BAR stands at its lower index, the expansion ROM
 /// at [`ROM_BAR`].
 pub type Decoded = [Option<BarRange>; REGION_COUNT];
 

@@ -15,7 +15,7 @@ mod root;
 
 pub use access::ConfigAccess;
 pub use config::{BarKind, ConfigSpace, Identity};
-pub use function::{BAR_COUNT, BarRange, Decoded, PciFunction, REGION_COUNT, ROM_BAR};
+pub use function::{BAR_COUNT, BarRange, Decoded, PciFunction, REGION_COUNT, ROM_BAR, Space};
 pub use hotplug::HotPlug;
 pub use msix::{Msix, MsixLayout, VectorRoutes};
 pub use port::RootPort;

@@ -1,11 +1,16 @@
 use crate::hotplug::{HotPlug, Slot, link, slot};
-use crate::regs::{self, COMMAND_MEMORY};
-use crate::{BarRange, ConfigAccess, ConfigSpace, Decoded, Identity, PciFunction};
+use crate::regs::{self, COMMAND_IO, COMMAND_MEMORY};
+use crate::{BarRange, ConfigAccess, ConfigSpace, Decoded, Identity, PciFunction, Space};
 use outboard_bus::{AccessError, Width};
 use std::sync::{Mutex, MutexGuard};
 
 /// Primary, secondary and subordinate bus number (PCIe 7.5.1.3).
 const BUS_NUMBERS: u16 = 0x18;
+/// I/O base (first byte) and limit (second), in units of 4 KiB; the low bits say that the upper halves follow. Secondary status is above.
+const IO_WINDOW: u16 = 0x1c;
+const IO_32_BIT: u32 = 0x0101;
+/// Upper 16 bits of I/O base (lower half) and limit (upper half).
+const IO_UPPER: u16 = 0x30;
 /// Memory base (lower half) and limit (upper half), in MiB.
 const MEMORY_WINDOW: u16 = 0x20;
 /// The same for the prefetchable window, whose upper 32 bits follow.
@@ -28,8 +33,8 @@ const IDENTITY: Identity = Identity {
 
 /// A PCIe root port: a bridge from bus 0 to one slot (type-1 header, PCIe 7.5.1.3; port type 4, 7.5.3).
 ///
-/// It forwards what lies in its two memory windows and the config accesses of its secondary bus, whose only device is
-/// number 0. No I/O window. A port with [`HotPlug`] sends an MSI when its slot changes.
+/// It forwards what lies in its two memory windows and its I/O window, and the config accesses of its secondary bus, whose only device
+/// is number 0. A port with [`HotPlug`] sends an MSI when its slot changes.
 pub struct RootPort {
     name: String,
     state: Mutex<State>,
@@ -59,6 +64,8 @@ impl RootPort {
     fn build(number: u8, hot_plug: Option<HotPlug>) -> Self {
         let mut config = ConfigSpace::bridge(IDENTITY);
         config.define(BUS_NUMBERS, 0, 0x00ff_ffff);
+        config.define(IO_WINDOW, IO_32_BIT, 0xf0f0);
+        config.define(IO_UPPER, 0, u32::MAX);
         config.define(MEMORY_WINDOW, 0, 0xfff0_fff0);
         // 64-bit capable.
         config.define(PREFETCH_WINDOW, 0x0001_0001, 0xfff0_fff0);
@@ -136,17 +143,16 @@ impl RootPort {
     pub fn forwards(&self, range: &BarRange) -> bool {
         let state = self.lock();
         let config = &state.config;
-        if config.command() & COMMAND_MEMORY == 0 {
-            return false;
+        let command = config.command();
+        match range.space {
+            Space::Io => command & COMMAND_IO != 0 && holds(io_window(config), range),
+            Space::Memory => {
+                let upper = (config.dword(PREFETCH_BASE_UPPER), config.dword(PREFETCH_LIMIT_UPPER));
+                command & COMMAND_MEMORY != 0
+                    && (holds(memory_window(config, MEMORY_WINDOW, (0, 0)), range)
+                        || holds(memory_window(config, PREFETCH_WINDOW, upper), range))
+            }
         }
-        let window = |register: u16, base_upper: u32, limit_upper: u32| {
-            let value = config.dword(register);
-            let base = u64::from(base_upper) << 32 | u64::from(value & 0xfff0) << 16;
-            let last = u64::from(limit_upper) << 32 | u64::from(value >> 16 & 0xfff0) << 16 | 0xf_ffff;
-            range.address >= base && range.address.checked_add(range.len - 1).is_some_and(|end| end <= last)
-        };
-        window(MEMORY_WINDOW, 0, 0)
-            || window(PREFETCH_WINDOW, config.dword(PREFETCH_BASE_UPPER), config.dword(PREFETCH_LIMIT_UPPER))
     }
 
     /// Whether the guest holds the slot in reset.
@@ -163,6 +169,27 @@ impl State {
     fn powered(&self, pcie: u16) -> bool {
         self.config.dword(pcie + slot::DWORD) & slot::POWER_OFF == 0
     }
+}
+
+/// First and last port that a bridge forwards (PCIe 7.5.1.3.6); none if the last is below the first.
+fn io_window(config: &ConfigSpace) -> (u64, u64) {
+    let (window, upper) = (config.dword(IO_WINDOW), config.dword(IO_UPPER));
+    let base = (upper & 0xffff) << 16 | (window & 0xf0) << 8;
+    let last = (upper & 0xffff_0000) | (window & 0xf000) | 0xfff;
+    (base.into(), last.into())
+}
+
+/// First and last address that a bridge forwards by the window at `register`, whose upper halves are `upper` (PCIe 7.5.1.3.8, 7.5.1.3.9).
+fn memory_window(config: &ConfigSpace, register: u16, upper: (u32, u32)) -> (u64, u64) {
+    let value = config.dword(register);
+    let base = u64::from(upper.0) << 32 | u64::from(value & 0xfff0) << 16;
+    let last = u64::from(upper.1) << 32 | u64::from(value >> 16 & 0xfff0) << 16 | 0xf_ffff;
+    (base, last)
+}
+
+/// Whether all of `range` lies between `base` and `last`.
+fn holds((base, last): (u64, u64), range: &BarRange) -> bool {
+    range.address >= base && range.address.checked_add(range.len - 1).is_some_and(|end| end <= last)
 }
 
 /// The PCI Express capability of a root port with a slot (PCIe 7.5.3): 8 GT/s, four lanes, 128-byte payloads.

@@ -2,11 +2,13 @@
 
 /// COMMAND register.
 pub const COMMAND: u16 = 0x04;
+/// COMMAND: the function answers to its I/O BARs; a bridge forwards its I/O window.
+pub const COMMAND_IO: u16 = 1 << 0;
 /// COMMAND: the function answers to its memory BARs.
 pub const COMMAND_MEMORY: u16 = 1 << 1;
 /// COMMAND: the function may send requests, MSI among them.
 pub const COMMAND_BUS_MASTER: u16 = 1 << 2;
-/// Bits of COMMAND that exist here besides the two above: parity error response, SERR# enable, INTx disable.
+/// Bits of COMMAND that exist here besides those above: parity error response, SERR# enable, INTx disable.
 pub(crate) const COMMAND_OTHER: u16 = 1 << 6 | 1 << 8 | 1 << 10;
 /// STATUS, in the upper half of COMMAND's dword: a capability list is there.
 pub(crate) const STATUS_CAP_LIST: u32 = 1 << (16 + 4);

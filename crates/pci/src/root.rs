@@ -1,4 +1,6 @@
-use crate::{BarRange, ConfigAccess, ConfigSpace, Decoded, Identity, PciFunction, RootPort};
+use crate::{
+    BarRange, ConfigAccess, ConfigSpace, Decoded, Identity, PciFunction, REGION_COUNT, RootPort, Space,
+};
 use outboard_bus::{AccessError, MmioBus, MmioDevice, Width, warn_limited};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
@@ -10,14 +12,37 @@ pub struct Windows {
     pub mmio32: Range<u64>,
     /// Anywhere.
     pub mmio64: Range<u64>,
+    /// Where I/O ports from 0 on are seen.
+    pub io: Range<u64>,
 }
 
 impl Windows {
-    fn contains(&self, range: &BarRange) -> bool {
-        let Some(end) = range.address.checked_add(range.len) else { return false };
-        [&self.mmio32, &self.mmio64].iter().any(|w| w.start <= range.address && end <= w.end)
+    /// Guest-physical address of `range`, if all of it is in a window.
+    fn place(&self, range: &BarRange) -> Option<u64> {
+        let address = match range.space {
+            Space::Memory => range.address,
+            Space::Io => self.io.start.checked_add(range.address)?,
+        };
+        let end = address.checked_add(range.len)?;
+        let windows: &[&Range<u64>] = match range.space {
+            Space::Memory => &[&self.mmio32, &self.mmio64],
+            Space::Io => &[&self.io],
+        };
+        windows.iter().any(|w| w.start <= address && end <= w.end).then_some(address)
     }
 }
+
+/// Where a BAR stands on the MMIO bus.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Place {
+    /// Guest-physical address.
+    address: u64,
+    /// Bytes.
+    len: u64,
+}
+
+/// The places of a function's BARs, by index as in [`Decoded`].
+type Places = [Option<Place>; REGION_COUNT];
 
 /// A function that cannot be put where it was asked for.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -62,9 +87,9 @@ struct Node {
     function: Arc<dyn PciFunction>,
     /// The same object if it is a root port.
     port: Option<Arc<RootPort>>,
-    mapped: Decoded,
+    mapped: Places,
     /// What could not be mapped for want of room, so that it is logged once.
-    refused: Decoded,
+    refused: Places,
 }
 
 /// The root complex: bus 0 with a host bridge at 00.0, and one bus behind each root port.
@@ -205,7 +230,7 @@ impl RootComplex {
     /// was goes, then what is not there yet comes. Where two claim a place, the one that was there first keeps it.
     fn follow_bars(&self, topology: &mut [Node]) {
         let Some(bus) = self.bus.upgrade() else { return };
-        let targets: Vec<Decoded> = topology.iter().map(|node| self.target(topology, node)).collect();
+        let targets: Vec<Places> = topology.iter().map(|node| self.target(topology, node)).collect();
         for (node, target) in topology.iter_mut().zip(&targets) {
             for (bar, target) in target.iter().enumerate() {
                 if let Some(old) = node.mapped[bar].filter(|old| *target != Some(*old)) {
@@ -218,7 +243,7 @@ impl RootComplex {
         for (node, target) in topology.iter_mut().zip(&targets) {
             for (bar, target) in target.iter().enumerate() {
                 match target {
-                    Some(range) if node.mapped[bar].is_none() => node.map(&bus, bar, *range),
+                    Some(place) if node.mapped[bar].is_none() => node.map(&bus, bar, *place),
                     Some(_) => {}
                     None => node.refused[bar] = None,
                 }
@@ -226,16 +251,15 @@ impl RootComplex {
         }
     }
 
-    /// The BARs of `node` that should be on the MMIO bus.
-    fn target(&self, topology: &[Node], node: &Node) -> Decoded {
+    /// Where BARs of `node` should be on the MMIO bus.
+    fn target(&self, topology: &[Node], node: &Node) -> Places {
         let port = match node.bus {
             Bus::Root => None,
             Bus::Behind(devfn) => find(topology, Bus::Root, devfn).and_then(|n| n.port.as_deref()),
         };
         node.function.decoded().map(|bar| {
-            bar.filter(|range| {
-                self.windows.contains(range) && port.is_none_or(|port| port.link_up() && port.forwards(range))
-            })
+            let range = bar.filter(|range| port.is_none_or(|port| port.link_up() && port.forwards(range)))?;
+            Some(Place { address: self.windows.place(&range)?, len: range.len })
         })
     }
 
@@ -260,17 +284,17 @@ impl Node {
         }
     }
 
-    fn map(&mut self, bus: &MmioBus, bar: usize, range: BarRange) {
+    fn map(&mut self, bus: &MmioBus, bar: usize, place: Place) {
         let name = format!("{} bar{bar}", self.function.name());
         let device = Arc::new(BarDevice { name, function: Arc::clone(&self.function), bar });
-        match bus.insert(range.address, range.len, device) {
+        match bus.insert(place.address, place.len, device) {
             Ok(()) => {
-                self.mapped[bar] = Some(range);
+                self.mapped[bar] = Some(place);
                 self.refused[bar] = None;
-                self.function.bar_mapped(bar, Some(range.address));
+                self.function.bar_mapped(bar, Some(place.address));
             }
-            Err(error) if self.refused[bar] != Some(range) => {
-                self.refused[bar] = Some(range);
+            Err(error) if self.refused[bar] != Some(place) => {
+                self.refused[bar] = Some(place);
                 warn_limited!(
                     "{} bar{bar} stays unmapped until the guest moves one of the two: {error}",
                     self.function.name()

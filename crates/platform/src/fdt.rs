@@ -208,6 +208,7 @@ fn power_key(fdt: &mut FdtWriter) -> FdtWriterResult<()> {
 }
 
 /// PCI bus binding: the flags in a range's first cell (IEEE 1275 PCI supplement, section 2.2.1.1).
+const PCI_IO: u32 = 0x0100_0000;
 const PCI_MEM32: u32 = 0x0200_0000;
 const PCI_MEM64_PREFETCHABLE: u32 = 0x4300_0000;
 
@@ -222,21 +223,29 @@ fn pcie(fdt: &mut FdtWriter, space: &AddressSpace) -> FdtWriterResult<()> {
     fdt.property_array_u32("bus-range", &[0, 0xff])?;
     fdt.property_null("dma-coherent")?;
     fdt.property_array_u64("reg", &[layout::ECAM, layout::ECAM_SIZE])?;
-    let mut ranges = Vec::new();
-    for (flags, window) in
-        [(PCI_MEM32, &layout::PCI_WINDOW_32), (PCI_MEM64_PREFETCHABLE, &space.pci_window_64)]
-    {
-        ranges.push(flags);
-        for value in [window.start, window.start, window.end - window.start] {
-            ranges.extend([(value >> 32) as u32, value as u32]);
-        }
-    }
-    fdt.property_array_u32("ranges", &ranges)?;
+    fdt.property_array_u32("ranges", &pcie_ranges(space))?;
     fdt.property_u32("msi-parent", PHANDLE_MSI)?;
     // Requester IDs reach the frame as they are.
     fdt.property_array_u32("msi-map", &[0, PHANDLE_MSI, 0, 0x1_0000])?;
     interrupt_map(fdt)?;
     fdt.end_node(node)
+}
+
+/// The bridge's windows: kind, address on the bus (ports count from 0), guest-physical address, bytes.
+fn pcie_ranges(space: &AddressSpace) -> Vec<u32> {
+    let windows = [
+        (PCI_IO, 0, &layout::PCI_IO_WINDOW),
+        (PCI_MEM32, layout::PCI_WINDOW_32.start, &layout::PCI_WINDOW_32),
+        (PCI_MEM64_PREFETCHABLE, space.pci_window_64.start, &space.pci_window_64),
+    ];
+    let mut ranges = Vec::new();
+    for (kind, address, window) in windows {
+        ranges.push(kind);
+        for value in [address, window.start, window.end - window.start] {
+            ranges.extend([(value >> 32) as u32, value as u32]);
+        }
+    }
+    ranges
 }
 
 /// INTA to INTD of device `d` go to line `(d + pin) mod 4` (PCI-to-PCI bridge 1.2, table 9-1); four devices show all of it.
@@ -276,6 +285,14 @@ mod tests {
     #[test]
     fn a_command_line_with_a_nul_is_refused() {
         assert!(describe("a\0b", &[0]).is_err());
+    }
+
+    #[test]
+    fn io_ports_from_0_on_are_in_their_window() {
+        let space = AddressSpace::new(512 << 20, 40).unwrap();
+        let ranges = pcie_ranges(&space);
+        assert_eq!(ranges.len(), 21);
+        assert_eq!(ranges[..7], [0x0100_0000, 0, 0, 0, 0x0f00_0000, 0, 0x10_0000]);
     }
 
     /// The device tree compiler, where it is installed, finds no fault with the tree.

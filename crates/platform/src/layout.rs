@@ -19,6 +19,8 @@ pub const PL061: u64 = 0x0902_0000;
 pub const PRIMECELL_SIZE: u64 = 0x1000;
 /// GICv3 redistributors, in vCPU order.
 pub const GIC_REDISTRIBUTORS: u64 = 0x0a00_0000;
+/// PCI I/O ports from 0 on: for each root port the 4 KiB that a bridge forwards at least, and much more.
+pub const PCI_IO_WINDOW: Range<u64> = 0x0f00_0000..0x0f10_0000;
 /// PCIe configuration space (ECAM) of buses 0 to 255.
 pub const ECAM: u64 = 0x1000_0000;
 /// Bytes of the ECAM: 1 MiB a bus.
@@ -163,6 +165,7 @@ mod tests {
             PL031..PL031 + PRIMECELL_SIZE,
             PL061..PL061 + PRIMECELL_SIZE,
             GIC_REDISTRIBUTORS..GIC_REDISTRIBUTORS + 0x200_0000,
+            PCI_IO_WINDOW,
             ECAM..ECAM + ECAM_SIZE,
             PCI_WINDOW_32,
             RAM_BASE..RAM_BASE + 1,

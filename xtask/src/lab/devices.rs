@@ -32,6 +32,7 @@ pub fn add(paths: &Paths, command: &mut Command) -> Result<()> {
     device(Port::Several, "ich9-ahci,id=sata2,addr=0.0,multifunction=on");
     device(Port::Several, "ich9-intel-hda,id=sound2,addr=0.1");
     device(Port::Edu, "edu,dma_mask=0xffffffffffffffff");
+    device(Port::IoPorts, "e1000,id=io-ports,netdev=io-ports-net,romfile=");
     device(Port::Unprotected, "e1000e,id=unprotected,romfile=");
     for name in ["nvme", "stick", "sata", "sata2"] {
         add_drive(paths, command, name)?;
@@ -45,6 +46,8 @@ pub fn add(paths: &Paths, command: &mut Command) -> Result<()> {
     // A wire from the guest's card to the emulated host's own.
     command.args(["-netdev", "hubport,id=guest-wire,hubid=1", "-netdev", "hubport,id=host-wire,hubid=1"]);
     command.args(["-device", "virtio-net-pci,netdev=host-wire,romfile="]);
+    // A gateway that answers pings, and nothing behind it.
+    command.args(["-netdev", "user,id=io-ports-net,restrict=on"]);
     Ok(())
 }
 

@@ -30,8 +30,16 @@ const GUEST_MODULES: [&str; 9] = [
     "virtio_console",
 ];
 /// And those that need a device of the host: in an initramfs of its own, so that other guests start as fast as before.
-const DEVICE_MODULES: [&str; 7] =
-    ["e1000e", "xhci_pci", "usb_storage", "sd_mod", "ahci", "snd_hda_codec_generic", "snd_hda_intel"];
+const DEVICE_MODULES: [&str; 8] = [
+    "e1000",
+    "e1000e",
+    "xhci_pci",
+    "usb_storage",
+    "sd_mod",
+    "ahci",
+    "snd_hda_codec_generic",
+    "snd_hda_intel",
+];
 /// Programs of busybox that have a name of their own in the shell.
 const APPLETS: [&str; 34] = [
     "sh",

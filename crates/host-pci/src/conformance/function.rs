@@ -1,7 +1,7 @@
 //! Identity, config space, BARs.
 
 use super::{Case, Opener, Outcome, Step, Subject, case, ensure, ensure_eq, fail, opened, skip};
-use crate::{Error, GRANULE, HostBarKind, HostFunction};
+use crate::{Error, GRANULE, HostBarKind, HostFunction, IoPorts};
 use outboard_bus::Width;
 
 pub(super) const CASES: &[Case] = &[
@@ -12,6 +12,7 @@ pub(super) const CASES: &[Case] = &[
     case("bars-are-well-formed", bars),
     case("bar-access-out-of-range-is-refused", bar_bounds),
     case("bar-mapping-rules", mapping_rules),
+    case("io-ports-are-reached-by-calls", io_ports),
     case("msix-pages-are-not-mapped", msix_pages),
     case("mapped-and-trapped-reads-agree", mapped_reads),
     case("rom-is-an-image-or-none", rom),
@@ -141,6 +142,34 @@ fn mapping_rules(open: Opener<'_>) -> Outcome {
                 refused(bar, !(GRANULE - 1), GRANULE, out_of_range)?;
             }
             _ => refused(bar, 0, GRANULE, not_mappable)?,
+        }
+    }
+    Ok(())
+}
+
+fn io_ports(open: Opener<'_>) -> Outcome {
+    let subject = opened(open)?;
+    let f = &*subject.function;
+    let bars = f.bars();
+    let io = bars.iter().enumerate().filter_map(|(index, bar)| Some((index, bar.as_ref()?)));
+    let io: Vec<_> = io.filter(|(_, bar)| bar.kind == HostBarKind::Io).collect();
+    ensure(io.is_empty() || matches!(f.io_ports(), IoPorts::Reachable | IoPorts::Unassigned), || {
+        format!("there are BARs of I/O ports, which are {:?}", f.io_ports())
+    })?;
+    if io.is_empty() {
+        return skip("the function has no I/O ports that can be reached");
+    }
+    let command = f.config_read(4, Width::B2).step("read of the command register")?;
+    f.config_write(4, Width::B2, command | 1).step("I/O decode on")?;
+    for (bar, info) in io {
+        for width in [Width::B1, Width::B2, Width::B4] {
+            f.bar_read(bar, 0, width).step("read of a port")?;
+        }
+        for (offset, width) in [(0, Width::B8), (info.len, Width::B1), (info.len - 1, Width::B4)] {
+            let read = f.bar_read(bar, offset, width);
+            ensure(matches!(read, Err(Error::OutOfRange { .. })), || {
+                format!("{width:?} of port {offset:#x} of BAR {bar} answered {read:?}")
+            })?;
         }
     }
     Ok(())

@@ -1,7 +1,7 @@
 //! What PCI functions the host has.
 
 use super::{Host, Refusal, VFIO_DRIVER, entries, link_name, text};
-use crate::{PciAddress, QUARANTINED, Selection};
+use crate::{IoPorts, PciAddress, QUARANTINED, Selection};
 use std::path::Path;
 
 /// Base class of host bridges, root ports and the like (PCI Code and ID Assignment, 1.7).
@@ -30,6 +30,8 @@ pub struct Function {
     pub group: Option<u32>,
     /// Its base address registers that the host uses.
     pub bars: Vec<BarInfo>,
+    /// What a guest can have of its I/O ports.
+    pub io_ports: IoPorts,
     /// What `driver_override` says.
     pub driver_override: Option<String>,
     /// It is a bridge, by its class or because its config header is not that of an endpoint.
@@ -144,6 +146,10 @@ impl Host {
         let folder = self.function_path(address);
         let number = |name: &str| hex(&text(&folder.join(name)));
         let class = number("class") as u32;
+        let bars = bars(&text(&folder.join("resource")));
+        let header = header(&folder).unwrap_or([0; size_of::<Header>()]);
+        let bridge = class >> 16 == BRIDGE || has_bridge_header(&header);
+        let assigned = |index| bars.iter().any(|bar| bar.index == index && bar.space == BarSpace::Io);
         let told = |name: &str| Some(text(&folder.join(name))).filter(|t| !t.is_empty() && t != "(null)");
         Function {
             address,
@@ -155,9 +161,11 @@ impl Host {
             revision: number("revision") as u8,
             driver: link_name(&folder.join("driver")),
             group: link_name(&folder.join("iommu_group")).and_then(|name| name.parse().ok()),
-            bars: bars(&text(&folder.join("resource"))),
+            // A bridge has other registers there.
+            io_ports: if bridge { IoPorts::None } else { IoPorts::of(bar_registers(&header), assigned) },
+            bars,
             driver_override: told("driver_override"),
-            bridge: class >> 16 == BRIDGE || has_bridge_header(&folder),
+            bridge,
         }
     }
 }
@@ -171,6 +179,8 @@ fn bars(resource: &str) -> Vec<BarInfo> {
     const IO: u64 = 0x100;
     const PREFETCHABLE: u64 = 0x2000;
     const WIDE: u64 = 0x10_0000;
+    /// It has no address.
+    const UNSET: u64 = 0x2000_0000;
     let bar = |(index, line): (usize, &str)| {
         let mut numbers = line.split_whitespace().map(hex);
         let (first, last, flags) = (numbers.next()?, numbers.next()?, numbers.next()?);
@@ -179,16 +189,37 @@ fn bars(resource: &str) -> Vec<BarInfo> {
         } else {
             BarSpace::Memory { wide: flags & WIDE != 0, prefetchable: flags & PREFETCHABLE != 0 }
         };
-        (last > first).then(|| BarInfo { index, space, len: (last - first).saturating_add(1) })
+        (last > first && flags & UNSET == 0).then(|| BarInfo {
+            index,
+            space,
+            len: (last - first).saturating_add(1),
+        })
     };
     resource.lines().take(6).enumerate().filter_map(bar).collect()
 }
 
-/// Header type at 0x0e of config space (PCIe 7.5.1.1.9): 0 is an endpoint's.
-fn has_bridge_header(folder: &Path) -> bool {
+/// The header in config space, as far as everybody may read it.
+type Header = [u8; 0x40];
+
+fn header(folder: &Path) -> Option<Header> {
     use std::io::Read;
-    let mut header = [0; 16];
-    let read = std::fs::File::open(folder.join("config")).and_then(|mut f| f.read_exact(&mut header));
+    let mut header = [0; size_of::<Header>()];
+    std::fs::File::open(folder.join("config")).and_then(|mut f| f.read_exact(&mut header)).ok()?;
+    Some(header)
+}
+
+/// Base address registers of an endpoint; all-ones, from a device that does not answer, is none.
+fn bar_registers(header: &Header) -> [u32; 6] {
+    let register = |index: usize| {
+        let at = 0x10 + 4 * index;
+        let value = u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
+        if value == u32::MAX { 0 } else { value }
+    };
+    std::array::from_fn(register)
+}
+
+/// Header type at 0x0e of config space (PCIe 7.5.1.1.9): 0 is an endpoint's.
+fn has_bridge_header(header: &Header) -> bool {
     // 0xff: it does not answer, which is something else.
-    read.is_ok() && !matches!(header[0x0e] & 0x7f, 0 | 0x7f)
+    !matches!(header[0x0e] & 0x7f, 0 | 0x7f)
 }

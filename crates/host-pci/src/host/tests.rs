@@ -1,5 +1,5 @@
 use super::*;
-use crate::{PciAddress, QUARANTINED, Selection};
+use crate::{IoPorts, PciAddress, QUARANTINED, Selection};
 use std::fs;
 use std::os::unix::fs::symlink;
 use tempfile::TempDir;
@@ -172,6 +172,15 @@ fn a_function_is_read_from_sysfs() {
         BarInfo { index: 3, space: memory(true, true), len: 256 << 20 },
     ];
     assert_eq!(f.bars, expected);
+    assert_eq!(f.io_ports, IoPorts::None, "the header says nothing of ports");
+    let mut config = [0; 64];
+    config[0x18..0x1c].copy_from_slice(&0x1001_u32.to_le_bytes());
+    fs::write(fake.root.path().join("sys/devices/pci0000:00/0000:01:00.0/config"), config).unwrap();
+    assert_eq!(fake.host().functions().unwrap()[0].io_ports, IoPorts::Reachable);
+    let unset = resource.replace("0x0000000000040101", "0x0000000020040101");
+    fake.file("sys/devices/pci0000:00/0000:01:00.0/resource", &unset);
+    let function = fake.host().functions().unwrap().remove(0);
+    assert_eq!((function.io_ports, function.bars.len()), (IoPorts::Unassigned, 2));
     assert!(fake.obstacles().is_empty());
 }
 

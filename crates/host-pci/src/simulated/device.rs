@@ -7,7 +7,7 @@ use super::function::SimulatedFunction;
 use super::memory::Memory;
 use super::model::Model;
 use crate::{BusAddress, InterruptKind, InterruptSink, PciAddress, Result};
-use outboard_bus::{Event, Width};
+use outboard_bus::{Event, Width, error_limited, warn_limited};
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
@@ -175,7 +175,7 @@ impl SimulatedDevice {
             state.domain.clone().filter(|_| state.is_master())
         };
         domain.is_some_and(|domain| {
-            access(&domain).inspect_err(|stray| tracing::warn!("{}: {stray}", self.address)).is_ok()
+            access(&domain).inspect_err(|stray| warn_limited!("{}: {stray}", self.address)).is_ok()
         })
     }
 
@@ -299,7 +299,7 @@ fn signal(sink: &dyn InterruptSink, vector: u16) {
         if let Err(error) =
             signalled.or_else(|e| if e.kind() == io::ErrorKind::WouldBlock { Ok(()) } else { Err(e) })
         {
-            tracing::error!("the event of vector {vector} cannot be signalled: {error}");
+            error_limited!("the event of vector {vector} cannot be signalled: {error}");
         }
         return;
     }

@@ -26,6 +26,8 @@ pub enum Operation {
 /// What happens to the next calls of an operation.
 #[derive(Clone, Copy, Debug)]
 pub struct Fault {
+    /// How many calls go as they should first.
+    pub after: u32,
     /// How many calls it happens to.
     pub times: u32,
     /// The call takes this long first.
@@ -37,12 +39,17 @@ pub struct Fault {
 impl Fault {
     /// The next call fails.
     pub fn once(error: fn(PciAddress) -> Error) -> Self {
-        Self { times: 1, delay: Duration::ZERO, error: Some(error) }
+        Self { after: 0, times: 1, delay: Duration::ZERO, error: Some(error) }
+    }
+
+    /// The call after the next `after` ones fails.
+    pub fn nth(after: u32, error: fn(PciAddress) -> Error) -> Self {
+        Self { after, ..Self::once(error) }
     }
 
     /// Every call takes `delay`.
     pub fn slow(delay: Duration) -> Self {
-        Self { times: u32::MAX, delay, error: None }
+        Self { after: 0, times: u32::MAX, delay, error: None }
     }
 }
 
@@ -60,10 +67,17 @@ impl Faults {
     pub(super) fn meet(&self, operation: Operation, address: PciAddress) -> Result<()> {
         let met = {
             let mut faults = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            faults.get_mut(&operation).filter(|f| f.times > 0).map(|fault| {
-                fault.times -= 1;
-                *fault
-            })
+            match faults.get_mut(&operation) {
+                Some(fault) if fault.after > 0 => {
+                    fault.after -= 1;
+                    None
+                }
+                Some(fault) if fault.times > 0 => {
+                    fault.times -= 1;
+                    Some(*fault)
+                }
+                _ => None,
+            }
         };
         let Some(Fault { delay, error, .. }) = met else { return Ok(()) };
         std::thread::sleep(delay);

@@ -8,9 +8,9 @@ use crate::capabilities;
 use crate::fingerprint::{Fingerprint, Settings};
 use crate::{
     Error, FunctionIdentity, HostBar, HostBarKind, HostFunction, InterruptCounts, InterruptKind,
-    InterruptSink, MappedBar, Result, check_mappable,
+    InterruptSink, IoPorts, MappedBar, Result, check_mappable,
 };
-use outboard_bus::Width;
+use outboard_bus::{Width, error_limited};
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -88,16 +88,26 @@ impl SimulatedFunction {
     fn memory(&self, bar: usize) -> Result<&Arc<Memory>> {
         let absent = || Error::OutOfRange { what: format!("BAR {bar}") };
         let memory = self.device.bars.get(bar).and_then(Option::as_ref).ok_or_else(absent)?;
-        let io_space = self.device.model.bars[bar].is_some_and(|b| b.kind == HostBarKind::Io);
-        // Command bits 0 and 1 let it answer to I/O and memory; the host lets I/O through in any case.
-        if !io_space && self.device.lock().config[4] & 2 == 0 {
-            let source = io::Error::other("memory decode is off");
+        // Command bits 0 and 1 let it answer to I/O and memory.
+        let (bit, space) = if self.is_io(bar) { (1, "I/O") } else { (2, "memory") };
+        if self.device.lock().config[4] & bit == 0 {
+            let source = io::Error::other(format!("{space} decode is off"));
             return Err(Error::Host {
                 call: format!("access BAR {bar} of {}", self.identity.address),
                 source,
             });
         }
         Ok(memory)
+    }
+
+    fn is_io(&self, bar: usize) -> bool {
+        self.device.model.bars.get(bar).is_some_and(|b| b.is_some_and(|b| b.kind == HostBarKind::Io))
+    }
+
+    /// Refuses what no I/O port takes.
+    fn check_width(&self, bar: usize, offset: u64, width: Width) -> Result<()> {
+        let wrong = width == Width::B8 && self.is_io(bar);
+        if wrong { Err(Self::out_of_range(bar, offset, width)()) } else { Ok(()) }
     }
 
     fn out_of_range(bar: usize, offset: u64, width: Width) -> impl FnOnce() -> Error {
@@ -188,7 +198,12 @@ impl HostFunction for SimulatedFunction {
     }
 
     fn bars(&self) -> [Option<HostBar>; 6] {
-        self.device.model.bars
+        let reachable = self.io_ports() == IoPorts::Reachable;
+        self.device.model.bars.map(|bar| bar.filter(|bar| reachable || bar.kind != HostBarKind::Io))
+    }
+
+    fn io_ports(&self) -> IoPorts {
+        self.device.model.io_ports
     }
 
     fn rom(&self) -> Result<Option<Vec<u8>>> {
@@ -207,11 +222,13 @@ impl HostFunction for SimulatedFunction {
 
     fn bar_read(&self, bar: usize, offset: u64, width: Width) -> Result<u64> {
         self.begin(Operation::BarRead)?;
+        self.check_width(bar, offset, width)?;
         self.memory(bar)?.read(offset, width).ok_or_else(Self::out_of_range(bar, offset, width))
     }
 
     fn bar_write(&self, bar: usize, offset: u64, width: Width, value: u64) -> Result<()> {
         self.begin(Operation::BarWrite)?;
+        self.check_width(bar, offset, width)?;
         let written = self.memory(bar)?.write(offset, width, value);
         written.ok_or_else(Self::out_of_range(bar, offset, width))?;
         self.device.notice(bar, offset);
@@ -271,7 +288,7 @@ impl Drop for SimulatedFunction {
     fn drop(&mut self) {
         // Interrupts off, bus master off, reset: the last does all three.
         if let Err(error) = self.reset_and_check() {
-            tracing::error!("giving back {}: {error}", self.identity.address);
+            error_limited!("giving back {}: {error}", self.identity.address);
         }
         let mut state = self.device.lock();
         state.domain = None;

@@ -1,4 +1,4 @@
-use crate::{HostBar, HostBarKind};
+use crate::{HostBar, HostBarKind, IoPorts};
 
 /// What a simulated device is: its config space, BARs and ROM. A description that makes no sense is taken as it is.
 #[derive(Clone, Debug)]
@@ -7,6 +7,7 @@ pub struct Model {
     /// Bits of config space that a write changes.
     pub(super) writable: Vec<u8>,
     pub(super) bars: [Option<HostBar>; 6],
+    pub(super) io_ports: IoPorts,
     pub(super) rom: Option<Vec<u8>>,
     /// Contents of BARs at the start: BAR, offset, dword.
     pub(super) contents: Vec<(usize, u64, u32)>,
@@ -19,6 +20,7 @@ pub struct Model {
 
 /// Addresses that the host gave its BARs.
 const FIRST_BAR_ADDRESS: u32 = 0x8000_0000;
+const FIRST_PORT: u32 = 0x1000;
 
 impl Model {
     /// An endpoint without BARs or capabilities, 4 KiB of config space (`class` are class, subclass and interface).
@@ -27,6 +29,7 @@ impl Model {
             config: vec![0; 4096],
             writable: vec![0; 4096],
             bars: [None; 6],
+            io_ports: IoPorts::None,
             rom: None,
             contents: vec![],
             commands: false,
@@ -79,13 +82,24 @@ impl Model {
             HostBarKind::Memory32 { prefetchable } => (0, prefetchable),
             HostBarKind::Memory64 { prefetchable } => (4, prefetchable),
         };
-        let address = if kind == HostBarKind::Io { 0x1000 } else { FIRST_BAR_ADDRESS };
+        let address = if kind == HostBarKind::Io { FIRST_PORT } else { FIRST_BAR_ADDRESS };
+        if kind == HostBarKind::Io {
+            self.io_ports = IoPorts::Reachable;
+            // I/O decode is on, too.
+            self.config[0x04] |= 1;
+        }
         let at = 0x10 + 4 * index;
         self.set(at, &(address | bits | u32::from(prefetchable) << 3).to_le_bytes());
         if matches!(kind, HostBarKind::Memory64 { .. }) && index < 5 {
             // Above 4 GiB, each in a place of its own.
             self.set(at + 4, &(0x40 + index as u32).to_le_bytes());
         }
+        self
+    }
+
+    /// A host that lets no guest at its I/O ports, for the reason that `ports` says.
+    pub fn io_ports(mut self, ports: IoPorts) -> Self {
+        self.io_ports = ports;
         self
     }
 

@@ -1,8 +1,9 @@
 use super::*;
 use crate::conformance::{self, Subject, Verdict};
-use crate::{DmaDomain, Error, GRANULE, HostFunction, PciAddress, Release};
+use crate::{BusAddress, DmaDomain, Error, GRANULE, HostFunction, PciAddress, Release};
 use outboard_bus::{Width, poll_readable};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 const ADDRESS: PciAddress = PciAddress { segment: 0, bus: 1, device: 0, function: 0 };
@@ -223,4 +224,40 @@ fn broken_capability_chains_open_and_reset() {
         function.reset().unwrap();
         assert!(function.interrupts().msix <= 2048 && function.interrupts().intx <= 1);
     }
+}
+
+/// Counts what is logged.
+struct Counter(Arc<AtomicUsize>);
+
+impl tracing::Subscriber for Counter {
+    fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
+        *metadata.level() <= tracing::Level::WARN
+    }
+    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+        tracing::span::Id::from_u64(1)
+    }
+    fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
+    fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+    fn event(&self, _: &tracing::Event<'_>) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+    fn enter(&self, _: &tracing::span::Id) {}
+    fn exit(&self, _: &tracing::span::Id) {}
+}
+
+#[test]
+fn b8_a_device_that_strays_does_not_fill_the_log() {
+    let domain = SimulatedDomain::new();
+    let device = SimulatedDevice::new(ADDRESS, endpoint()).unwrap();
+    let function = device.open(&domain).unwrap();
+    function.set_bus_master(true).unwrap();
+    let count = Arc::new(AtomicUsize::new(0));
+    tracing::subscriber::with_default(Counter(count.clone()), || {
+        for _ in 0..2_000 {
+            assert!(!device.dma_write(BusAddress(0x1234_0000), &[1]));
+        }
+    });
+    // Ten in five seconds, on a machine that may be slow.
+    assert!((1..=100).contains(&count.load(Ordering::Relaxed)), "{count:?} messages");
+    assert_eq!(domain.stray_accesses(), 2_000, "all are counted");
 }

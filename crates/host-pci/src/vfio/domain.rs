@@ -7,6 +7,7 @@ use crate::mac::{self, Mac};
 use crate::{
     BusAddress, DmaDomain, DmaLimits, DmaPolicy, DmaUsage, Error, GRANULE, PciAddress, Release, Result,
 };
+use outboard_bus::warn_limited;
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -215,7 +216,7 @@ impl Drop for VfioDomain {
         if let Err(error) = unmap(self.container.as_fd(), raw::VFIO_DMA_UNMAP_FLAG_ALL, 0, 0)
             && !self.orphaned()
         {
-            tracing::warn!("{error}; closing the container unmaps what is left");
+            warn_limited!("{error}; closing the container unmaps what is left");
         }
     }
 }

@@ -8,10 +8,10 @@ use super::sys::{self, failed};
 use crate::capabilities::{self, PCIE};
 use crate::fingerprint::{Fingerprint, Settings};
 use crate::{
-    Error, FunctionIdentity, HostBar, HostFunction, InterruptCounts, InterruptKind, InterruptSink, MappedBar,
-    PciAddress, Result,
+    Error, FunctionIdentity, HostBar, HostBarKind, HostFunction, InterruptCounts, InterruptKind,
+    InterruptSink, IoPorts, MappedBar, PciAddress, Result,
 };
-use outboard_bus::{Event, Width};
+use outboard_bus::{Event, Width, warn_limited};
 use std::ffi::CString;
 use std::fs::File;
 use std::ops::Range;
@@ -33,6 +33,7 @@ pub struct VfioFunction {
     config: Region,
     pub(super) config_len: u16,
     bars: [Option<Bar>; 6],
+    io_ports: IoPorts,
     rom: Option<Region>,
     msix_pages: [Vec<Range<u64>>; 6],
     counts: InterruptCounts,
@@ -81,8 +82,10 @@ impl VfioFunction {
         let config_len = config.len.clamp(0x100, 0x1000) as u16;
         let removal = Event::new().map_err(failed("eventfd", address))?;
         interrupts::watch_removal(device.as_fd(), &removal)?;
+        let (bars, io_ports) = open_bars(device.as_fd(), address, &dword)?;
         let function = Self {
-            bars: open_bars(device.as_fd(), address, &dword)?,
+            bars,
+            io_ports,
             rom: Region::open(device.as_fd(), address, raw::VFIO_PCI_ROM_REGION_INDEX)?,
             msix_pages: capabilities::msix_pages(&chains)?,
             counts: interrupts::counts(device.as_fd())?,
@@ -168,8 +171,9 @@ impl VfioFunction {
 
     fn bar(&self, bar: usize, offset: u64, width: Width) -> Result<(&Region, usize)> {
         self.usable()?;
-        let region = self.bars.get(bar).and_then(Option::as_ref).map(|b| &b.region);
-        let region = region.filter(|r| r.holds(offset, width.bytes()));
+        let found = self.bars.get(bar).and_then(Option::as_ref);
+        let found = found.filter(|b| b.info.kind != HostBarKind::Io || width != Width::B8);
+        let region = found.map(|b| &b.region).filter(|r| r.holds(offset, width.bytes()));
         let what = || format!("{} bytes at {offset:#x} of BAR {bar}", width.bytes());
         Ok((region.ok_or_else(|| Error::OutOfRange { what: what() })?, width.bytes() as usize))
     }
@@ -205,6 +209,10 @@ impl HostFunction for VfioFunction {
 
     fn bars(&self) -> [Option<HostBar>; 6] {
         self.bars.each_ref().map(|bar| bar.as_ref().map(|b| b.info))
+    }
+
+    fn io_ports(&self) -> IoPorts {
+        self.io_ports
     }
 
     fn rom(&self) -> Result<Option<Vec<u8>>> {
@@ -316,7 +324,7 @@ impl Drop for VfioFunction {
                 Err(Error::Host { source, .. }) if source.raw_os_error() == Some(libc::EAGAIN) => {
                     tracing::info!("{address} is the host's again as it is: its DMA and interrupts are off");
                 }
-                Err(error) => tracing::warn!("giving back {address}, {step}: {error}"),
+                Err(error) => warn_limited!("giving back {address}, {step}: {error}"),
             }
         }
     }
@@ -348,10 +356,14 @@ fn open_bars(
     device: BorrowedFd<'_>,
     address: PciAddress,
     dword: capabilities::ReadDword<'_>,
-) -> Result<[Option<Bar>; 6]> {
+) -> Result<([Option<Bar>; 6], IoPorts)> {
     let mut bars = [const { None }; 6];
-    for (index, bar) in (0..).zip(&mut bars) {
-        *bar = Bar::open(device, address, index, dword(0x10 + 4 * index as u16)?)?;
+    let mut registers = [0; 6];
+    for (index, (bar, register)) in (0..).zip(bars.iter_mut().zip(&mut registers)) {
+        *register = dword(0x10 + 4 * index as u16)?;
+        *bar = Bar::open(device, address, index, *register)?;
     }
-    Ok(bars)
+    let reachable = |index: usize| bars.get(index).is_some_and(Option::is_some);
+    let io_ports = IoPorts::of(registers, reachable);
+    Ok((bars, io_ports))
 }

@@ -2,7 +2,7 @@
 
 use super::sys::{self, Irqs, failed};
 use crate::{InterruptCounts, InterruptKind, InterruptSink, PciAddress, Result};
-use outboard_bus::{Event, poll_readable};
+use outboard_bus::{Event, error_limited, poll_readable, warn_limited};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
@@ -115,7 +115,7 @@ fn trigger(
         if most >= fds.len() {
             return Err(io::ErrorKind::OutOfMemory.into());
         }
-        tracing::warn!(
+        warn_limited!(
             "{address}: the host has {there} of {} {kind:?} vectors; the guest's others never fire",
             fds.len()
         );
@@ -136,7 +136,7 @@ impl Thread {
         let (its_stop, its_events, sink) = (Arc::clone(&stop), Arc::clone(events), Arc::clone(sink));
         let body = move || {
             if let Err(error) = forward(&its_stop, &its_events, &*sink) {
-                tracing::error!("waiting for a device's interrupts: {error}; they stop here");
+                error_limited!("waiting for a device's interrupts: {error}; they stop here");
             }
         };
         let handle = std::thread::Builder::new().name("pci-interrupts".into()).spawn(body)?;
@@ -148,7 +148,7 @@ impl Drop for Thread {
     fn drop(&mut self) {
         self.stop.signal();
         if self.handle.take().is_some_and(|h| h.join().is_err()) {
-            tracing::error!("a thread that forwards interrupts panicked");
+            error_limited!("a thread that forwards interrupts panicked");
         }
     }
 }

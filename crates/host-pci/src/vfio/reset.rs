@@ -4,7 +4,7 @@ use super::function::VfioFunction;
 use super::sys::{self, failed};
 use crate::fingerprint::Fingerprint;
 use crate::{Error, Result};
-use outboard_bus::Width;
+use outboard_bus::{Width, error_limited, warn_limited};
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::PoisonError;
@@ -55,7 +55,7 @@ impl VfioFunction {
         match self.drain() {
             // A reset is what ends them.
             Err(Error::Busy(_)) => {
-                tracing::warn!("{address} has transactions pending; resetting it all the same")
+                warn_limited!("{address} has transactions pending; resetting it all the same")
             }
             drained => drained?,
         }
@@ -138,13 +138,13 @@ impl VfioFunction {
     /// Sees to it that the function is used no more, by this process or another, until it was unplugged or released.
     fn quarantine(&self, why: &str) {
         let address = self.identity.address;
-        tracing::error!(
+        error_limited!(
             "{address} did not come back from a reset ({why}); it is not used again until it is released"
         );
         let _ = self.quarantined.set(why.to_owned());
         let path = self.sysfs.join("driver_override");
         if let Err(error) = std::fs::write(&path, crate::QUARANTINED) {
-            tracing::warn!(
+            warn_limited!(
                 "{} could not be marked: {error}; only this process keeps away from it",
                 path.display()
             );

@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 const ECAM: u64 = 0x40_0000_0000;
-const WINDOWS: Windows = Windows { mmio32: 0x2000_0000..0x4000_0000, mmio64: 0x80_0000_0000..0x90_0000_0000 };
+const WINDOWS: Windows = Windows { mmio32: 0x2000_0000..0x4000_0000, mmio64: 0x80_0000_0000..0x90_0000_0000, io: 0x0f00_0000..0x0f10_0000 };
 const DOORBELL: u64 = 0x0802_0040;
 /// PMCSR of both models: waking takes ten milliseconds, so sleeping is left to the tests.
 const POWER: std::ops::Range<u64> = 0x40..0x48;

@@ -3,7 +3,7 @@
 use super::Table;
 use super::table::{Dword, HIDDEN};
 use outboard_host_pci::{GRANULE, HostBar, HostBarKind};
-use outboard_pci::{BAR_COUNT, BarRange, Decoded, ROM_BAR, regs};
+use outboard_pci::{BAR_COUNT, BarRange, Decoded, ROM_BAR, Space, regs};
 use std::ops::Range;
 
 /// Expansion ROM base address register of a type-0 header (PCIe 7.5.1.2.4).
@@ -13,17 +13,23 @@ const MIN_ROM: u64 = 2048;
 /// No ROM register decodes more (PCI 6.2.5.2).
 const MAX_ROM: u64 = 16 << 20;
 
-/// A memory BAR.
+/// Most ports that a BAR may have; the PCI specification allows 256 (PCI 6.2.5.1), which not every card keeps to.
+const MOST_PORTS: u64 = 64 << 10;
+
+/// A BAR.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Bar {
+    pub(crate) space: Space,
     /// Bytes, a power of two.
     pub(crate) len: u64,
     wide: bool,
-    /// Parts that are mapped; everything else is trapped. Offsets are multiples of [`GRANULE`].
+    /// What must stay trapped, with the pages around it.
+    holes: Vec<Range<u64>>,
+    /// Parts that are mapped; everything else is trapped. Offsets are multiples of [`GRANULE`]. None of I/O ports.
     pub(crate) pieces: Vec<Range<u64>>,
 }
 
-/// The function's memory BARs by index.
+/// The function's BARs by index.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Bars {
     bars: [Option<Bar>; BAR_COUNT],
@@ -32,7 +38,7 @@ pub(crate) struct Bars {
 }
 
 impl Bars {
-    /// The BARs `host`, with a ROM of `rom` bytes, declared in `table`. I/O BARs are not shown.
+    /// The BARs `host`, with a ROM of `rom` bytes, declared in `table`.
     ///
     /// # Errors
     /// What is wrong with them.
@@ -44,8 +50,9 @@ impl Bars {
         let mut bars = Self::default();
         for (index, bar) in host.iter().enumerate() {
             let Some(bar) = bar else { continue };
+            let space = if bar.kind == HostBarKind::Io { Space::Io } else { Space::Memory };
             let (wide, flags) = match bar.kind {
-                HostBarKind::Io => continue,
+                HostBarKind::Io => (false, 0b1),
                 HostBarKind::Memory32 { prefetchable } => (false, u32::from(prefetchable) << 3),
                 HostBarKind::Memory64 { prefetchable } => (true, 0b100 | u32::from(prefetchable) << 3),
             };
@@ -55,7 +62,8 @@ impl Bars {
             if wide {
                 *table.at(register + 4) = register_dword(0, (!(bar.len - 1) >> 32) as u32);
             }
-            bars.bars[index] = Some(Bar { len: bar.len, wide, pieces: mappable(bar.len, &[]) });
+            let pieces = if space == Space::Io { vec![] } else { mappable(bar.len, &[]) };
+            bars.bars[index] = Some(Bar { space, len: bar.len, wide, holes: vec![], pieces });
         }
         if let Some(len) = rom.filter(|len| *len > 0 && *len as u64 <= MAX_ROM) {
             let len = (len as u64).next_power_of_two().max(MIN_ROM);
@@ -65,15 +73,23 @@ impl Bars {
         Ok(bars)
     }
 
-    /// BAR `index`, if it is a memory BAR.
+    /// Whether there are I/O ports among them.
+    pub(crate) fn has_ports(&self) -> bool {
+        self.bars.iter().flatten().any(|bar| bar.space == Space::Io)
+    }
+
+    /// BAR `index`, if there is one.
     pub(crate) fn get(&self, index: usize) -> Option<&Bar> {
         self.bars.get(index)?.as_ref()
     }
 
-    /// Keeps the pages of `range` in BAR `index` trapped.
-    pub(crate) fn trap(&mut self, index: usize, holes: &[Range<u64>]) {
-        if let Some(bar) = self.bars.get_mut(index).and_then(Option::as_mut) {
-            bar.pieces = mappable(bar.len, holes);
+    /// Keeps the pages of `hole` in BAR `index` trapped.
+    pub(crate) fn trap(&mut self, index: usize, hole: Range<u64>) {
+        if let Some(bar) = self.bars.get_mut(index).and_then(Option::as_mut)
+            && bar.space == Space::Memory
+        {
+            bar.holes.push(hole);
+            bar.pieces = mappable(bar.len, &bar.holes);
         }
     }
 
@@ -89,13 +105,15 @@ impl Bars {
         for (index, bar) in self.bars.iter().enumerate() {
             let Some(bar) = bar else { continue };
             let register = regs::BAR0 + 4 * index as u16;
-            let high = if bar.wide { table.value(register + 4) } else { 0 };
-            let address = u64::from(high) << 32 | u64::from(table.value(register) & !0xf);
-            placed[index] = Some(BarRange { address, len: bar.len });
+            let (low, high) = (table.value(register), if bar.wide { table.value(register + 4) } else { 0 });
+            placed[index] = Some(match bar.space {
+                Space::Io => BarRange::io(u64::from(low & !0b11), bar.len),
+                Space::Memory => BarRange::memory(u64::from(high) << 32 | u64::from(low & !0xf), bar.len),
+            });
         }
         let rom = table.value(ROM_REGISTER);
         placed[ROM_BAR] =
-            self.rom.filter(|_| rom & 1 != 0).map(|len| BarRange { address: u64::from(rom & !0x7ff), len });
+            self.rom.filter(|_| rom & 1 != 0).map(|len| BarRange::memory(u64::from(rom & !0x7ff), len));
         placed
     }
 }
@@ -103,7 +121,11 @@ impl Bars {
 /// A device may say anything; what is used here is checked first.
 fn check(host: &[Option<HostBar>; BAR_COUNT], index: usize, bar: &HostBar, wide: bool) -> Result<(), String> {
     let len = bar.len;
-    if !len.is_power_of_two() || len < 16 || (!wide && len > 1 << 31) || len > 1 << 62 {
+    if bar.kind == HostBarKind::Io && !(len.is_power_of_two() && (4..=MOST_PORTS).contains(&len)) {
+        return Err(format!("its BAR {index} says that it has {len:#x} I/O ports"));
+    }
+    let least = if bar.kind == HostBarKind::Io { 4 } else { 16 };
+    if !len.is_power_of_two() || len < least || (!wide && len > 1 << 31) || len > 1 << 62 {
         return Err(format!("its BAR {index} says that it has {len:#x} bytes"));
     }
     match host.get(index + 1) {
@@ -172,6 +194,10 @@ mod tests {
         assert!(refused(&[(0, memory32, 1 << 32)]));
         assert!(refused(&[(5, memory64, 0x4000)]));
         assert!(refused(&[(0, memory64, 0x4000), (1, memory32, 0x1000)]));
+        for ports in [0, 2, 24, 1 << 17, 1 << 63] {
+            assert!(refused(&[(1, HostBarKind::Io, ports)]), "{ports}");
+        }
+        assert!(!refused(&[(1, HostBarKind::Io, 4), (5, HostBarKind::Io, 1 << 16)]));
         assert!(!refused(&[(0, memory32, 1 << 31), (2, memory64, 1 << 36), (4, HostBarKind::Io, 128)]));
     }
 }

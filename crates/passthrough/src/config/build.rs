@@ -2,18 +2,22 @@
 
 use super::bars::Bars;
 use super::image::{CONVENTIONAL_END, Capability, Image};
+use super::registers::Registers;
 use super::rules::{self, Field, Len, Rule};
 use super::table::{Dword, HIDDEN, RAW, READ_ONLY};
 use super::{COMMAND, COMMAND_INTX_DISABLE, Table};
+use outboard_bus::warn_limited;
 use outboard_host_pci::{HostBar, InterruptCounts};
-use outboard_pci::{BAR_COUNT, regs};
+use outboard_pci::{BAR_COUNT, Space, regs};
 use std::ops::Range;
 
-/// COMMAND bits that the guest writes: memory, bus master, parity, SERR#, INTx disable. None of them reaches the hardware as written.
+/// COMMAND bits that the guest writes, besides that for I/O ports where there are some: memory, bus master, parity, SERR#, INTx disable. None of them reaches the hardware as written.
 const COMMAND_WRITABLE: u32 =
     regs::COMMAND_MEMORY as u32 | regs::COMMAND_BUS_MASTER as u32 | 1 << 6 | 1 << 8 | COMMAND_INTX_DISABLE;
 /// STATUS: a capability list is there.
 const STATUS_CAP_LIST: u32 = 1 << 20;
+/// End of the header.
+const HEADER_END: u16 = 0x40;
 /// How much is hidden of a standard capability whose length nobody knows, at most.
 const HIDDEN_STANDARD: u16 = 64;
 /// PCI Express port types (PCIe 7.5.3.2).
@@ -28,6 +32,8 @@ pub(crate) struct Facts {
     pub(crate) interrupts: InterruptCounts,
     /// There is a line for the pin.
     pub(crate) line: bool,
+    /// Registers in BARs that have to be trapped.
+    pub(crate) registers: Vec<Registers>,
 }
 
 /// Power management.
@@ -101,6 +107,8 @@ pub(crate) struct Layout {
     pub(crate) features: Features,
     /// Dwords that are the same after every reset: offset, mask, value.
     pub(crate) fingerprint: Vec<(u16, u32, u32)>,
+    /// For each dword, whether it belongs to no capability and not to the header: the vendor's own.
+    pub(crate) vendor: Vec<bool>,
 }
 
 impl Layout {
@@ -115,12 +123,16 @@ impl Layout {
         let mut table = Table::hidden(image.len());
         let bars = Bars::declare(&facts.bars, facts.rom, &mut table)?;
         let fingerprint = vec![(0x00, u32::MAX, image.u32(0)), (0x08, u32::MAX, image.u32(8))];
-        let layout = Self { table, bars, features: Features::default(), fingerprint };
+        let mut layout = Self { table, bars, features: Features::default(), fingerprint, vendor: vec![] };
+        for registers in &facts.registers {
+            layout.bars.trap(registers.bar, registers.range.clone());
+        }
         let mut builder =
             Builder { image, facts, layout, claimed: vec![false; usize::from(image.len() / 4)] };
         builder.header();
         builder.standard();
         builder.extended();
+        builder.vendor();
         Ok(builder.layout)
     }
 }
@@ -152,7 +164,8 @@ impl Builder<'_> {
     fn header(&mut self) {
         let image = self.image;
         self.fixed(0x00, image.u32(0x00), 0);
-        let command = Dword { emulated: 0xffff | STATUS_CAP_LIST, writable: COMMAND_WRITABLE, ..HIDDEN };
+        let io = if self.layout.bars.has_ports() { u32::from(regs::COMMAND_IO) } else { 0 };
+        let command = Dword { emulated: 0xffff | STATUS_CAP_LIST, writable: COMMAND_WRITABLE | io, ..HIDDEN };
         *self.layout.table.at(COMMAND) = command;
         self.fixed(0x08, image.u32(0x08), 0);
         // Cache line size and latency timer mean nothing on PCIe; no self test; the root complex knows about siblings.
@@ -217,6 +230,16 @@ impl Builder<'_> {
         }
     }
 
+    /// Notes what no capability claims and nothing hides.
+    fn vendor(&mut self) {
+        let claimed = std::mem::take(&mut self.claimed);
+        let own = |(index, claimed): (usize, bool)| {
+            let offset = 4 * index as u16;
+            !claimed && offset >= HEADER_END && matches!(*self.layout.table.at(offset), RAW | READ_ONLY)
+        };
+        self.layout.vendor = claimed.into_iter().enumerate().map(own).collect();
+    }
+
     /// Puts the sound ones of a chain into the table and hides the others, each up to the next one, or `most` bytes.
     fn sort(&mut self, chain: &Chain, most: u16) -> Vec<Capability> {
         let mut shown = Vec::new();
@@ -240,13 +263,13 @@ impl Builder<'_> {
         let range = match self.len(cap, rule.len).and_then(|len| cap.at.checked_add(len)) {
             Some(end) if end > cap.at && end <= chain.after(cap) => cap.at..end.next_multiple_of(4),
             _ => {
-                tracing::warn!("capability {:#x} at {:#x} does not fit; it is hidden", cap.id, cap.at);
+                warn_limited!("capability {:#x} at {:#x} does not fit; it is hidden", cap.id, cap.at);
                 return false;
             }
         };
         let dwords = usize::from(range.start / 4)..usize::from(range.end / 4);
         if self.claimed[dwords.clone()].contains(&true) || !self.accept(cap) {
-            tracing::warn!("capability {:#x} at {:#x} is malformed; it is hidden", cap.id, cap.at);
+            warn_limited!("capability {:#x} at {:#x} is malformed; it is hidden", cap.id, cap.at);
             return false;
         }
         self.claimed[dwords].fill(true);
@@ -406,7 +429,8 @@ fn msix(image: &Image, at: u16, bars: &Bars) -> Option<MsixShape> {
         let value = image.u32(register);
         let (bar, start) = ((value & 7) as usize, u64::from(value & !7));
         let range = start..start + len;
-        (range.end <= bars.get(bar)?.len).then_some((bar, range))
+        let fits = bars.get(bar).is_some_and(|bar| bar.space == Space::Memory && range.end <= bar.len);
+        fits.then_some((bar, range))
     };
     let table = place(at + 4, 16 * u64::from(vectors))?;
     let pba = place(at + 8, 8 * u64::from(vectors.div_ceil(64)))?;
@@ -415,12 +439,7 @@ fn msix(image: &Image, at: u16, bars: &Bars) -> Option<MsixShape> {
 }
 
 fn trap_structures(bars: &mut Bars, shape: &MsixShape) {
-    for bar in [shape.table.0, shape.pba.0] {
-        let holes: Vec<Range<u64>> = [&shape.table, &shape.pba]
-            .into_iter()
-            .filter(|(at, _)| *at == bar)
-            .map(|(_, range)| range.clone())
-            .collect();
-        bars.trap(bar, &holes);
+    for (bar, range) in [&shape.table, &shape.pba] {
+        bars.trap(*bar, range.clone());
     }
 }

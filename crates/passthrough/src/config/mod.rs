@@ -3,12 +3,14 @@
 mod bars;
 mod build;
 mod image;
+mod registers;
 mod rules;
 mod table;
 
 pub(crate) use bars::{Bar, Bars};
 pub(crate) use build::{Facts, Features, Layout, MsiShape};
 pub(crate) use image::Image;
+pub(crate) use registers::{BOOT_0, Device, Meaning, Registers};
 pub(crate) use table::Table;
 
 /// COMMAND's dword.

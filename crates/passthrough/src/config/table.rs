@@ -82,6 +82,22 @@ impl Table {
         Ok(value)
     }
 
+    /// A guest's write that reaches the hardware another way than by config space: emulated bits stay as they are, passed ones change.
+    ///
+    /// # Errors
+    /// The hardware's.
+    pub(crate) fn write_through(
+        &self,
+        host: &dyn HostFunction,
+        access: ConfigAccess,
+        value: u32,
+    ) -> Result<()> {
+        match self.dwords.get(usize::from(access.offset() / 4)) {
+            Some(dword) => dword.pass(host, access, value),
+            None => Ok(()),
+        }
+    }
+
     /// A guest's write: emulated bits here, passed ones to the hardware.
     ///
     /// # Errors
@@ -90,15 +106,21 @@ impl Table {
         let Some(dword) = self.dwords.get_mut(usize::from(access.offset() / 4)) else { return Ok(()) };
         let writable = dword.writable & access.mask();
         dword.value = dword.value & !writable | value & writable;
-        let dword = *dword;
-        for (offset, width) in runs(dword.passed & access.mask()) {
+        dword.pass(host, access, value)
+    }
+}
+
+impl Dword {
+    /// Writes the passed bits to the hardware.
+    fn pass(&self, host: &dyn HostFunction, access: ConfigAccess, value: u32) -> Result<()> {
+        for (offset, width) in runs(self.passed & access.mask()) {
             let mask = (width.all_ones() as u32) << (8 * offset);
-            let passed = dword.passed & mask;
+            let passed = self.passed & mask;
             let mut merged = value & passed;
             if passed != mask {
                 // A neighbour within the byte keeps what the hardware has.
                 let real = host.config_read(access.offset() + offset, width)? << (8 * offset);
-                merged |= real & mask & !passed & !dword.no_write_back;
+                merged |= real & mask & !passed & !self.no_write_back;
             }
             host.config_write(access.offset() + offset, width, merged >> (8 * offset))?;
         }

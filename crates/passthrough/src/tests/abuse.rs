@@ -143,7 +143,7 @@ proptest! {
                 }
                 Step::Place => rig.place(),
             }
-            prop_assert_eq!(rig.host.peek(4) & 0x147, 2 | rig.host.peek(4) & 4);
+            prop_assert_eq!(rig.host.peek(4) & 0x147, 3 | rig.host.peek(4) & 4);
         }
         prop_assert_ne!(rig.bus.read(ECAM, Width::B4), 0xffff_ffff);
         still_there(&rig);

@@ -1,4 +1,4 @@
-use super::device::{FakeHost, Log, Rig};
+use super::device::{FakeHost, Log, Rig, WINDOWS};
 use outboard_bus::Width;
 use outboard_host_pci::HostBarKind;
 use std::sync::atomic::Ordering;
@@ -10,7 +10,7 @@ fn bars_are_sized_by_the_guest() {
         rig.set(offset, u32::MAX);
     }
     let sizes: Vec<u32> = (0x10..0x28).step_by(4).map(|offset| rig.dword(offset)).collect();
-    assert_eq!(sizes, [0xffff_0000, 0xffff_f000, 0xfff0_000c, u32::MAX, 0, 0], "the I/O BAR is not assigned");
+    assert_eq!(sizes, [0xffff_0000, 0xffff_f000, 0xfff0_000c, u32::MAX, 0xffff_ff81, 0]);
     assert_eq!(rig.mapper.ranges(), [], "decoding is off");
 }
 
@@ -131,4 +131,77 @@ fn a_machine_that_cannot_map_leaves_the_bar_trapped() {
     rig.write(4, Width::B2, 0);
     rig.write(4, Width::B2, 6);
     assert_eq!(rig.mapper.ranges().len(), 3, "tried again when the guest turns decoding on");
+}
+
+/// BAR4 of the rig's device: 128 I/O ports.
+const PORTS: u64 = WINDOWS.io.start + 0x2080;
+
+fn place_ports(rig: &Rig) {
+    rig.place();
+    rig.set(0x20, 0x2080);
+    rig.write(4, Width::B2, 7);
+}
+
+#[test]
+fn io_ports_are_reached_by_accesses_of_1_2_and_4_bytes() {
+    let rig = Rig::new();
+    place_ports(&rig);
+    assert_eq!(rig.dword(0x20), 0x2081);
+    assert_eq!(rig.mapper.ranges().len(), 3, "only memory is mapped");
+    for (offset, width) in [(0, Width::B1), (3, Width::B1), (2, Width::B2), (0x7c, Width::B4)] {
+        assert_eq!(rig.bus.read(PORTS + offset, width), width.truncate(0x0400_0000 + offset), "{offset}");
+        rig.bus.write(PORTS + offset, width, 0x1122_3344);
+        let written = rig.host.written.lock().unwrap().pop();
+        assert_eq!(written, Some((4, offset, width, width.truncate(0x1122_3344))));
+    }
+    let accesses = rig.host.bar_accesses.load(Ordering::Relaxed);
+    for (offset, width) in
+        [(0, Width::B8), (1, Width::B2), (2, Width::B4), (0x7e, Width::B4), (0x80, Width::B1)]
+    {
+        assert_eq!(rig.bus.read(PORTS + offset, width), width.all_ones(), "{offset} {width:?}");
+        rig.bus.write(PORTS + offset, width, 0);
+    }
+    assert_eq!(rig.host.bar_accesses.load(Ordering::Relaxed), accesses, "none of these reached the device");
+}
+
+#[test]
+fn io_ports_go_with_their_own_decode_bit_sleep_and_reset() {
+    let rig = Rig::new();
+    place_ports(&rig);
+    let there = |rig: &Rig| rig.bus.read(PORTS, Width::B4) != 0xffff_ffff;
+    assert!(there(&rig));
+    rig.write(4, Width::B2, 6);
+    assert!(!there(&rig), "I/O decoding is off");
+    rig.write(4, Width::B2, 1);
+    assert!(there(&rig), "without memory decoding");
+    rig.set(0x20, 0x2000);
+    assert!(!there(&rig), "moved");
+    rig.set(0x20, 0x2080);
+    // D3hot and back: the device keeps its state.
+    rig.write(0x44, Width::B1, 3);
+    assert!(!there(&rig));
+    rig.write(0x44, Width::B1, 0);
+    assert!(there(&rig));
+    assert!(rig.function.restart());
+    assert!(there(&rig), "a restart leaves it where it was");
+    rig.root.reset();
+    assert!(!there(&rig));
+    rig.set_up_port();
+    assert_eq!((rig.dword(0x20), rig.dword(4) & 1), (1, 0));
+    place_ports(&rig);
+    assert!(there(&rig));
+    rig.host.pull();
+    rig.function.withdraw();
+    assert!(!there(&rig));
+}
+
+#[test]
+fn a_function_without_io_ports_decodes_none() {
+    let memory32 = HostBarKind::Memory32 { prefetchable: false };
+    let host = FakeHost::new(super::device::Space::endpoint(), &[(0, memory32, 0x1_0000)], &Log::default());
+    let rig = Rig::with(host, None);
+    rig.write(4, Width::B2, 7);
+    assert_eq!((rig.dword(4) & 7, rig.host.peek(4) & 3), (6, 2));
+    rig.set(0x20, u32::MAX);
+    assert_eq!(rig.dword(0x20), 0);
 }

@@ -63,12 +63,12 @@ fn header_identity_is_the_devices_and_cannot_be_written() {
 #[test]
 fn b1_decoding_is_never_turned_off_in_the_hardware() {
     let rig = Rig::new();
-    assert_eq!(rig.host.peek(4) & 2, 2);
+    assert_eq!(rig.host.peek(4) & 3, 3);
     rig.place();
-    for command in [0u32, 6, 4, 2, 0x547, 0] {
+    for command in [0u32, 7, 6, 4, 2, 1, 0x547, 0] {
         rig.write(4, Width::B2, command.into());
-        assert_eq!(rig.dword(4) & 0xffff, command & 0x546);
-        assert_eq!(rig.host.peek(4) & 0x147, 2, "{command:#x}");
+        assert_eq!(rig.dword(4) & 0xffff, command & 0x547);
+        assert_eq!(rig.host.peek(4) & 0x147, 3, "{command:#x}");
     }
     let log = rig.log.take();
     assert!(log.iter().all(|entry| !entry.starts_with("write 0x4 ")), "{log:?}");
@@ -330,7 +330,7 @@ proptest! {
             bar(HostBarKind::Memory32 { prefetchable: true }, 0x1000),
             None,
         ];
-        let facts = Facts { bars, rom: Some(1 << 16), interrupts: InterruptCounts { intx: 1, msi: 7, msix: 9 }, line: true };
+        let facts = Facts { bars, rom: Some(1 << 16), interrupts: InterruptCounts { intx: 1, msi: 7, msix: 9 }, line: true, registers: vec![] };
         let layout = Layout::build(&Image::from_bytes(bytes), &facts).unwrap();
         let mut at = layout.table.value(0x34) as u16 & 0xff;
         let mut seen = Vec::new();

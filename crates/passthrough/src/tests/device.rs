@@ -4,7 +4,7 @@ use crate::{Function, GuestMapper, IntxWiring, VectorBinder, Wiring, WiringError
 use outboard_bus::{Event, IrqLine, MmioBus, MsiMessage, MsiSink, Width, poll_readable};
 use outboard_host_pci::{
     Error, FunctionIdentity, HostBar, HostBarKind, HostFunction, InterruptCounts, InterruptKind,
-    InterruptSink, MappedBar, PciAddress, Result,
+    InterruptSink, IoPorts, MappedBar, PciAddress, Result,
 };
 use outboard_pci::{Ecam, RootComplex, RootPort, Windows};
 use std::collections::BTreeMap;
@@ -73,11 +73,17 @@ pub(super) struct FakeHost {
     bars: [Option<HostBar>; 6],
     pub(super) counts: InterruptCounts,
     pub(super) address: PciAddress,
+    /// Vendor ID, device ID and class of its identity, whatever its config space says.
+    pub(super) ids: (u16, u16, u32),
+    /// What the first dword of BAR 0 reads, if not what other dwords do.
+    pub(super) boot: Option<u32>,
     rom: Option<Vec<u8>>,
     pub(super) sink: Mutex<Option<Enabled>>,
     pub(super) gone: AtomicBool,
     pub(super) reset_fails: AtomicBool,
     pub(super) bar_accesses: AtomicU64,
+    /// BAR, offset, width and value of each write to a BAR.
+    pub(super) written: Mutex<Vec<(usize, u64, Width, u64)>>,
     removal: Event,
 }
 
@@ -94,11 +100,14 @@ impl FakeHost {
             bars: all,
             counts: InterruptCounts { intx: 1, msi: 32, msix: 70 },
             address: ADDRESS,
+            ids: (0x1234, 0x2b85, 0x03_0000),
+            boot: None,
             rom: Some((0..3000u32).map(|i| i as u8).collect()),
             sink: Mutex::default(),
             gone: AtomicBool::new(false),
             reset_fails: AtomicBool::new(false),
             bar_accesses: AtomicU64::new(0),
+            written: Mutex::default(),
             removal: Event::new().unwrap(),
         }
     }
@@ -177,13 +186,8 @@ impl Drop for Memory {
 
 impl HostFunction for FakeHost {
     fn identity(&self) -> FunctionIdentity {
-        FunctionIdentity {
-            address: self.address,
-            vendor: 0x10de,
-            device: 0x2b85,
-            class: 0x03_0000,
-            revision: 0xa1,
-        }
+        let (vendor, device, class) = self.ids;
+        FunctionIdentity { address: self.address, vendor, device, class, revision: 0xa1 }
     }
     fn config_read(&self, offset: u16, width: Width) -> Result<u32> {
         self.alive()?;
@@ -207,6 +211,10 @@ impl HostFunction for FakeHost {
     fn bars(&self) -> [Option<HostBar>; 6] {
         self.bars
     }
+    fn io_ports(&self) -> IoPorts {
+        let io = self.bars.iter().flatten().any(|bar| bar.kind == HostBarKind::Io);
+        if io { IoPorts::Reachable } else { IoPorts::None }
+    }
     fn rom(&self) -> Result<Option<Vec<u8>>> {
         Ok(self.rom.clone())
     }
@@ -222,12 +230,16 @@ impl HostFunction for FakeHost {
         self.alive()?;
         assert!(offset + width.bytes() <= self.bars[bar].unwrap().len);
         self.bar_accesses.fetch_add(1, Ordering::Relaxed);
+        if let Some(boot) = self.boot.filter(|_| (bar, offset) == (0, 0)) {
+            return Ok(boot.into());
+        }
         Ok(width.truncate(0xbabe_0000_0000 + ((bar as u64) << 24) + offset))
     }
-    fn bar_write(&self, bar: usize, offset: u64, width: Width, _: u64) -> Result<()> {
+    fn bar_write(&self, bar: usize, offset: u64, width: Width, value: u64) -> Result<()> {
         self.alive()?;
         assert!(offset + width.bytes() <= self.bars[bar].unwrap().len);
         self.bar_accesses.fetch_add(1, Ordering::Relaxed);
+        self.written.lock().unwrap().push((bar, offset, width, value));
         Ok(())
     }
     fn interrupts(&self) -> InterruptCounts {
@@ -392,8 +404,11 @@ impl IrqLine for Line {
 }
 
 pub(super) const ECAM: u64 = 0x40_0000_0000;
-pub(super) const WINDOWS: Windows =
-    Windows { mmio32: 0x2000_0000..0x4000_0000, mmio64: 0x80_0000_0000..0x90_0000_0000 };
+pub(super) const WINDOWS: Windows = Windows {
+    mmio32: 0x2000_0000..0x4000_0000,
+    mmio64: 0x80_0000_0000..0x90_0000_0000,
+    io: 0x0f00_0000..0x0f10_0000,
+};
 
 /// A machine with one function behind a root port.
 pub(super) struct Rig {
@@ -436,16 +451,17 @@ impl Rig {
         self.function.wiring.clone()
     }
 
-    /// Bus 1 behind the port, and both windows as wide as the machine's.
+    /// Bus 1 behind the port, both memory windows as wide as the machine's, and I/O ports 0x1000 to 0xffff.
     pub(super) fn set_up_port(&self) {
         let port = ECAM + (1 << 15);
         for (offset, value) in [
             (0x18, 0x0001_0100),
+            (0x1c, 0xf010),
             (0x20, 0x3ff0_2000),
             (0x24, 0xfff1_0001),
             (0x28, 0x80),
             (0x2c, 0x8f),
-            (4, 6),
+            (4, 7),
         ] {
             self.bus.write(port + offset, Width::B4, value);
         }

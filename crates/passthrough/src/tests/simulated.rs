@@ -6,7 +6,7 @@ use outboard_bus::{Event, MmioBus, MsiMessage, Width};
 use outboard_host_pci::simulated::{
     Fault, Model, Operation, SimulatedDevice, SimulatedDomain, endpoint, registers, rtx5090,
 };
-use outboard_host_pci::{DmaDomain, Error, PciAddress};
+use outboard_host_pci::{DmaDomain, Error, IoPorts, PciAddress};
 use outboard_pci::{Ecam, HotPlug, PciFunction, RootComplex, RootPort};
 use std::io;
 use std::sync::atomic::Ordering;
@@ -73,11 +73,12 @@ impl Machine {
         let port = ECAM + (1 << 15);
         for (offset, value) in [
             (0x18, 0x0001_0100),
+            (0x1c, 0xf010),
             (0x20, 0x3ff0_2000),
             (0x24, 0xfff1_0001),
             (0x28, 0x80),
             (0x2c, 0x8f),
-            (4, 6),
+            (4, 7),
         ] {
             self.bus.write(port + offset, Width::B4, value);
         }
@@ -147,10 +148,33 @@ fn the_5090_enumerates_with_its_audio_function() {
     {
         machine.write(0, offset, value);
     }
-    let expected = [(0x2000_0000, 64 << 20), (0x80_0000_0000, 256 << 20), (0x80_1000_0000, 32 << 20)];
+    // Without the page that mirrors config space (registers.rs, "nvidia-ep-pcfgm").
+    let rest = (64 << 20) - 0x9_4000;
+    let expected = [
+        (0x2000_0000, 0x9_0000),
+        (0x2009_4000, rest),
+        (0x80_0000_0000, 256 << 20),
+        (0x80_1000_0000, 32 << 20),
+    ];
     assert_eq!(machine.mapper.ranges(), expected);
     assert_eq!(machine.bus.read(0x2000_0000, Width::B4), 0x1b20_00a1, "BOOT_0");
-    assert_eq!(machine.read(0, 0x24), 0, "I/O is not assigned");
+    assert_eq!(machine.read(0, 0x24), 0, "its I/O ports lead around the rules");
+}
+
+#[test]
+fn io_ports_work_where_the_host_has_them_and_are_not_shown_where_not() {
+    let machine = Machine::new(vec![endpoint()], false);
+    machine.write(0, 0x20, 0x2020);
+    machine.write(0, 4, 1);
+    machine.bus.write(WINDOWS.io.start + 0x2024, Width::B2, 0x1234);
+    assert_eq!(machine.bus.read(WINDOWS.io.start + 0x2024, Width::B4), 0x1234);
+    assert_eq!(machine.devices[0].register(4, 4), Some(0x1234));
+    for ports in [IoPorts::Absent, IoPorts::Unassigned] {
+        let machine = Machine::new(vec![endpoint().io_ports(ports)], false);
+        machine.write(0, 0x20, u64::from(u32::MAX));
+        machine.write(0, 4, 3);
+        assert_eq!((machine.read(0, 0x20), machine.read(0, 4) & 3), (0, 2), "{ports:?}");
+    }
 }
 
 #[test]

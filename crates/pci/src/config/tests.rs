@@ -69,8 +69,8 @@ fn bars_are_sized_and_decode_with_the_command_bit() {
     assert_eq!(space.decoded(), Decoded::default());
     write(&mut space, 0x04, Width::B1, 2);
     let decoded = space.decoded();
-    assert_eq!(decoded[0], Some(BarRange { address: 0x1234_0000, len: 0x8000 }));
-    assert_eq!(decoded[2], Some(BarRange { address: 0x42_0000_0000, len: 8 << 30 }));
+    assert_eq!(decoded[0], Some(BarRange::memory(0x1234_0000, 0x8000)));
+    assert_eq!(decoded[2], Some(BarRange::memory(0x42_0000_0000, 8 << 30)));
     assert_eq!([decoded[1], decoded[3], decoded[4], decoded[5]], [None; 4]);
     space.reset();
     assert_eq!(space.decoded(), Decoded::default());

@@ -66,7 +66,11 @@ impl Rig {
     fn new() -> Self {
         let (sent, power) = (Arc::new(Sent::default()), Arc::new(Event::new().unwrap()));
         let bus = Arc::new(MmioBus::new());
-        let windows = Windows { mmio32: 0x1000_0000..0x3000_0000, mmio64: 0x80_0000_0000..0x90_0000_0000 };
+        let windows = Windows {
+            mmio32: 0x1000_0000..0x3000_0000,
+            mmio64: 0x80_0000_0000..0x90_0000_0000,
+            io: 0x0f00_0000..0x0f10_0000,
+        };
         let root = RootComplex::new(&bus, windows);
         let hot_plug = HotPlug { msi: sent.clone(), power: power.clone() };
         let port = Arc::new(RootPort::with_hot_plug(1, hot_plug));

@@ -58,7 +58,11 @@ impl PciFunction for Endpoint {
 }
 
 const ECAM: u64 = 0x40_0000_0000;
-const WINDOWS: Windows = Windows { mmio32: 0x1000_0000..0x3000_0000, mmio64: 0x80_0000_0000..0x90_0000_0000 };
+const WINDOWS: Windows = Windows {
+    mmio32: 0x1000_0000..0x3000_0000,
+    mmio64: 0x80_0000_0000..0x90_0000_0000,
+    io: 0x0f00_0000..0x0f10_0000,
+};
 const NONE: u64 = 0xffff_ffff;
 
 struct Machine {
@@ -249,6 +253,80 @@ fn ports_route_by_bus_number_and_window() {
     assert_eq!(slot_status(&config), 0x40, "reset does not pull the device");
 }
 
+/// A function with nothing but 32 I/O ports, wherever the test has put them; reads say from which.
+struct Ports(Mutex<Option<u64>>, Mutex<Vec<Option<u64>>>);
+
+impl PciFunction for Ports {
+    fn name(&self) -> &str {
+        "ports"
+    }
+    fn config_read(&self, _: ConfigAccess) -> u32 {
+        0
+    }
+    fn config_write(&self, _: ConfigAccess, value: u32) {
+        *self.0.lock().unwrap() = (value != 0).then_some(value.into());
+    }
+    fn decoded(&self) -> Decoded {
+        let mut decoded = Decoded::default();
+        decoded[1] = self.0.lock().unwrap().map(|address| BarRange::io(address, 32));
+        decoded
+    }
+    fn bar_mapped(&self, bar: usize, address: Option<u64>) {
+        assert_eq!(bar, 1);
+        self.1.lock().unwrap().push(address);
+    }
+    fn bar_read(&self, _: usize, offset: u64, width: Width) -> Result<u64, AccessError> {
+        Ok(width.truncate(0x1234_5600 + offset))
+    }
+    fn bar_write(&self, _: usize, _: u64, _: Width, _: u64) -> Result<(), AccessError> {
+        Ok(())
+    }
+    fn reset(&self) {
+        *self.0.lock().unwrap() = None;
+    }
+}
+
+#[test]
+fn io_ports_are_seen_in_their_window_as_far_as_bridges_forward_them() {
+    let m = Machine::new();
+    let ports = Arc::new(Ports(Mutex::default(), Mutex::default()));
+    m.root.add_port(3, Arc::new(RootPort::new(1))).unwrap();
+    m.root.add_behind(3, 0, ports.clone()).unwrap();
+    let (port, behind) = (m.at(0, 3, 0), m.at(1, 0, 0));
+    port.write(0x18, 0x0001_0100);
+    assert_eq!(port.read(0x1c), 0x0101, "32-bit I/O");
+    // Base 0x1000, limit 0x2fff; the function's ports are the first write to it.
+    port.write(0x1c, 0x2010);
+    behind.write(0x10, 0x2fe0);
+    let at = WINDOWS.io.start + 0x2fe0;
+    assert_eq!(m.bus.read(at, Width::B4), NONE, "the bridge does not forward");
+    port.write(0x04, 1);
+    assert_eq!(m.bus.read(at + 4, Width::B4), 0x1234_5604);
+    assert_eq!((m.bus.read(at + 2, Width::B2), m.bus.read(at + 1, Width::B1)), (0x5602, 0x01));
+    assert_eq!(m.bus.read(0x2fe0, Width::B4), NONE, "not in memory space");
+    // Out of the bridge's window, then in an upper half, then past the end of the machine's window, in which ports are no address of memory.
+    for (window, upper, address) in [
+        (0x2010, 0, 0x3000),
+        (0x2010, 0x0001_0001, 0x2fe0),
+        (0xf0f0, 0xffff_ffff, 0xffff_fff0_u64),
+        (0xf000, 0xffff_0000, 0x0010_0000),
+        (0xf000, 0xffff_0000, 0x1000_0000),
+    ] {
+        port.write(0x1c, window);
+        port.write(0x30, upper);
+        behind.write(0x10, address);
+        assert_eq!(m.bus.read(WINDOWS.io.start + address, Width::B4), NONE, "{address:#x}");
+        assert_eq!(m.bus.read(address, Width::B4), NONE, "{address:#x}");
+    }
+    port.write(0x30, 0x000f_0000);
+    behind.write(0x10, 0xf_ffe0);
+    assert_eq!(m.bus.read(WINDOWS.io.end - 4, Width::B4), 0x1234_561c, "the last port");
+    port.write(0x04, 6);
+    assert_eq!(m.bus.read(WINDOWS.io.end - 4, Width::B4), NONE, "I/O forwarding is off");
+    let told = ports.1.lock().unwrap().clone();
+    assert_eq!(told, [Some(at), None, Some(WINDOWS.io.end - 32), None]);
+}
+
 /// What pciutils makes of a root port with something in its slot.
 #[test]
 fn lspci_reads_a_root_port() {
@@ -329,9 +407,10 @@ proptest! {
             m.bus.write(base + offset, [Width::B1, Width::B2, Width::B4][width], value);
             m.bus.write(base + 4, Width::B1, 6);
             let topology = m.root.lock();
-            let mut mapped: Vec<BarRange> = topology.iter().flat_map(|n| n.mapped.iter().flatten().copied()).collect();
+            let mut mapped: Vec<Place> = topology.iter().flat_map(|n| n.mapped.iter().flatten().copied()).collect();
             mapped.sort_by_key(|r| r.address);
-            prop_assert!(mapped.iter().all(|r| WINDOWS.contains(r)));
+            let window = |p: &Place| WINDOWS.place(&BarRange::memory(p.address, p.len)) == Some(p.address);
+            prop_assert!(mapped.iter().all(window));
             prop_assert!(mapped.windows(2).all(|w| w[0].address + w[0].len <= w[1].address));
         }
         let topology = m.root.lock();

@@ -29,6 +29,8 @@ pub enum Port {
     Edu,
     /// Nothing at first: hot-pluggable, for cases that plug and pull an NVMe disk ([`PLUGGABLE`]).
     Pluggable,
+    /// A network card (82540EM) whose driver resets it through I/O ports, on a network of the emulator's own.
+    IoPorts,
     /// A network card that the SMMU does not cover. The last bus.
     Unprotected,
 }
@@ -43,7 +45,7 @@ pub const PLUGGABLE: (&str, &str, &str) = (
 
 impl Port {
     /// All of them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Nvme,
         Self::Network,
         Self::Usb,
@@ -52,6 +54,7 @@ impl Port {
         Self::Several,
         Self::Edu,
         Self::Pluggable,
+        Self::IoPorts,
         Self::Unprotected,
     ];
 
@@ -76,6 +79,7 @@ impl Port {
             Self::Several => "several-port",
             Self::Edu => "edu-port",
             Self::Pluggable => "pluggable-port",
+            Self::IoPorts => "io-ports-port",
             Self::Unprotected => "unprotected-port",
         }
     }

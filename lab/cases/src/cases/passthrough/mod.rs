@@ -5,6 +5,7 @@
 mod abuse;
 mod bench;
 mod errors;
+mod io_ports;
 pub(in crate::cases) mod network;
 mod reboot;
 mod removal;
@@ -34,6 +35,7 @@ pub(super) fn cases() -> Vec<Case> {
     let groups = [
         storage::cases(),
         network::cases(),
+        io_ports::cases(),
         sound::cases(),
         several::cases(),
         reboot::cases(),
