@@ -7,6 +7,7 @@
 pub mod address;
 mod datagram;
 mod dhcp;
+mod flow;
 mod fragment;
 mod frame;
 mod guest;
@@ -14,6 +15,7 @@ mod options;
 mod resolver;
 mod stack;
 mod tcp;
+mod window;
 
 pub use frame::{Frame, MAX_FRAME, PartialChecksum};
 pub use options::{Forward, NetOptions, OptionError, Protocol};

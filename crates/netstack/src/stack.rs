@@ -1,12 +1,14 @@
 use crate::address::{self, BROADCAST_MAC, DNS, GATEWAY, GUEST, ROUTER_MAC};
 use crate::datagram::{self, Cx, Datagrams};
 use crate::dhcp;
+use crate::flow::Syn;
 use crate::fragment::Reassembler;
 use crate::frame::{ETHERNET_HEADER, ETHERTYPE_ARP, ETHERTYPE_IPV4, Frame, UDP_PAYLOAD, checksum_is_right};
 use crate::guest::{Guest, Unreachable};
 use crate::options::{Forward, NetOptions, Protocol};
 use crate::resolver::Resolver;
 use crate::tcp::{self, TcpFlows};
+use crate::window::Segment;
 use mio::net::TcpListener;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
@@ -371,16 +373,17 @@ impl Stack {
     }
 
     fn push_tcp(&mut self, packet: &Ipv4Packet<&[u8]>, bytes: &[u8]) {
-        let Ok(segment) = TcpPacket::new_checked(packet.payload()) else { return };
-        if segment.src_port() == 0 || segment.dst_port() == 0 {
+        let Ok(tcp) = TcpPacket::new_checked(packet.payload()) else { return };
+        if tcp.src_port() == 0 || tcp.dst_port() == 0 {
             return;
         }
-        let remote = SocketAddrV4::new(packet.dst_addr(), segment.dst_port());
-        let key = tcp::Key { guest_port: segment.src_port(), remote };
-        if self.tcp.receive(key, bytes, segment.rst(), &mut self.guest) {
+        let remote = SocketAddrV4::new(packet.dst_addr(), tcp.dst_port());
+        let key = tcp::Key { guest_port: tcp.src_port(), remote };
+        let segment = Segment::of(&tcp);
+        if self.tcp.receive(key, bytes, segment, &mut self.guest) {
             return;
         }
-        if !segment.syn() || segment.ack() || segment.rst() || segment.fin() {
+        if !tcp.syn() || tcp.ack() || tcp.rst() || tcp.fin() {
             return tcp::reject(bytes, &mut self.guest);
         }
         if self.tcp.is_full() {
@@ -391,7 +394,10 @@ impl Stack {
             return tcp::reject(bytes, &mut self.guest);
         }
         match self.host_address(remote) {
-            Some(host) => self.tcp.connect(key, bytes, host, &mut self.guest, self.poll.registry()),
+            Some(host) => {
+                let syn = Syn { packet: bytes.to_vec(), segment };
+                self.tcp.connect(key, syn, host, &mut self.guest, self.poll.registry());
+            }
             None => tcp::reject(bytes, &mut self.guest),
         }
     }

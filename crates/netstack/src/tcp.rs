@@ -1,27 +1,22 @@
 use crate::address::GUEST;
+use crate::flow::{Flow, Next, Open, Phase, Syn};
 use crate::guest::{Guest, Unreachable};
 use crate::stack::Source;
+use crate::window::{BUFFER_SIZES, Segment};
 use mio::net::TcpStream;
 use mio::{Interest, Registry};
 use outboard_bus::warn_limited;
 use slab::Slab;
-use smoltcp::iface::{SocketHandle, SocketSet};
-use smoltcp::socket::tcp::{RecvError, SendError, Socket, SocketBuffer, State};
-use smoltcp::time::{Duration, Instant};
+use smoltcp::iface::SocketSet;
+use smoltcp::time::Instant;
 use std::collections::{BTreeSet, HashMap, VecDeque};
-use std::io::{self, ErrorKind, Read, Write};
-use std::net::{Shutdown, SocketAddr, SocketAddrV4};
+use std::io::{self, ErrorKind};
+use std::net::{SocketAddr, SocketAddrV4};
 
 /// Connections at a time; further ones are refused.
 pub(crate) const MAX_FLOWS: usize = 1024;
-/// Socket buffers, each of two for each flow: as large as this while few flows are open, …
-const MAX_BUFFER: usize = 512 << 10;
-/// … and never smaller than this.
-const MIN_BUFFER: usize = 32 << 10;
 /// What all buffers together may take before flows get the least: 1,024 flows stay below 128 MiB.
 const BUFFER_BUDGET: usize = 64 << 20;
-/// How long the guest may take for its part of the handshake.
-const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(30);
 /// First of the ports that a forwarded connection seems to come from (RFC 6335, section 6).
 const FIRST_EPHEMERAL: u16 = 49152;
 
@@ -43,48 +38,6 @@ pub(crate) struct TcpFlows {
     /// Bytes of all flows' buffers.
     buffered: usize,
     next_port: u16,
-}
-
-struct Flow {
-    key: Key,
-    host: TcpStream,
-    phase: Phase,
-    queued: bool,
-    deadline: Option<Instant>,
-    readable: bool,
-    writable: bool,
-    /// The host's end sends no more: a short read does not mean that there is nothing to come.
-    host_closing: bool,
-}
-
-enum Phase {
-    /// Waiting for the host's side; holds the guest's SYN packet.
-    Connecting(Vec<u8>),
-    Open(Open),
-}
-
-struct Open {
-    sockets: SocketSet<'static>,
-    handle: SocketHandle,
-    buffers: usize,
-    established: bool,
-    /// The host's end of stream was passed on to the guest.
-    guest_told: bool,
-    /// The guest's end of stream was passed on to the host.
-    host_told: bool,
-}
-
-/// What becomes of a flow after some work.
-#[derive(Debug, PartialEq, Eq)]
-enum Next {
-    /// Nothing to do until something happens.
-    Wait,
-    /// More to send when the guest has taken frames.
-    Blocked,
-    /// Both directions ended in order.
-    Finished,
-    /// One side broke the connection; the other one has to learn that.
-    Broken,
 }
 
 impl TcpFlows {
@@ -120,33 +73,33 @@ impl TcpFlows {
     }
 
     /// Takes a TCP segment of a known connection from the guest; `false` if it belongs to none.
-    pub(crate) fn receive(&mut self, key: Key, packet: &[u8], reset: bool, guest: &mut Guest) -> bool {
+    pub(crate) fn receive(&mut self, key: Key, packet: &[u8], segment: Segment, guest: &mut Guest) -> bool {
         let Some(&id) = self.by_key.get(&key) else { return false };
         match &mut self.flows[id].phase {
-            Phase::Connecting(_) if reset => self.remove(id, false),
+            Phase::Connecting(_) if segment.rst => self.remove(id, false),
             // A repeated SYN: the answer comes when the host has answered.
             Phase::Connecting(_) => {}
             Phase::Open(open) => {
-                guest.receive(packet, &mut open.sockets);
+                open.receive(packet, segment, guest);
                 self.enqueue(id);
             }
         }
         true
     }
 
-    /// Starts a connection to `host` for the guest's SYN `packet`.
+    /// Starts a connection to `host` for the guest's `syn`.
     pub(crate) fn connect(
         &mut self,
         key: Key,
-        packet: &[u8],
+        syn: Syn,
         host: SocketAddr,
         guest: &mut Guest,
         registry: &Registry,
     ) {
         let connected = TcpStream::connect(host).and_then(|stream| self.insert(key, stream, registry));
         match connected {
-            Ok(id) => self.flows[id].phase = Phase::Connecting(packet.to_vec()),
-            Err(error) => refuse(packet, &error, key, guest),
+            Ok(id) => self.flows[id].phase = Phase::Connecting(syn),
+            Err(error) => refuse(&syn.packet, &error, key, guest),
         }
     }
 
@@ -160,9 +113,8 @@ impl TcpFlows {
         registry: &Registry,
     ) -> io::Result<()> {
         key.remote.set_port(self.free_port(key));
-        let mut open = self.open_buffers();
-        let socket = open.sockets.get_mut::<Socket>(open.handle);
-        socket
+        let mut open = Open::new(buffer_size(self.buffered));
+        open.socket()
             .connect(guest.context(), (GUEST, key.guest_port), key.remote)
             .map_err(|e| io::Error::other(format!("cannot start a connection to the guest: {e}")))?;
         self.buffered += open.buffers;
@@ -219,7 +171,7 @@ impl TcpFlows {
             Next::Finished => self.remove(id, false),
             Next::Broken => {
                 if let Phase::Open(open) = &mut self.flows[id].phase {
-                    open.sockets.get_mut::<Socket>(open.handle).abort();
+                    open.socket().abort();
                     guest.send(&mut open.sockets);
                 }
                 self.remove(id, true);
@@ -260,16 +212,15 @@ impl TcpFlows {
             Some(error) => {
                 let (key, syn) = (flow.key, std::mem::take(syn));
                 self.remove(id, false);
-                refuse(&syn, &error, key, guest);
+                refuse(&syn.packet, &error, key, guest);
                 return;
             }
             None => (flow.key, std::mem::take(syn)),
         };
-        let mut open = self.open_buffers();
-        let socket = open.sockets.get_mut::<Socket>(open.handle);
+        let mut open = Open::new(buffer_size(self.buffered));
         // Fails for port 0 only; the SYN then meets no socket and is answered with RST.
-        let _ = socket.listen(key.remote);
-        guest.receive(&syn, &mut open.sockets);
+        let _ = open.socket().listen(key.remote);
+        open.receive(&syn.packet, syn.segment, guest);
         self.buffered += open.buffers;
         self.flows[id].phase = Phase::Open(open);
         self.enqueue(id);
@@ -284,7 +235,7 @@ impl TcpFlows {
         entry.insert(Flow {
             key,
             host,
-            phase: Phase::Connecting(Vec::new()),
+            phase: Phase::Connecting(Syn::default()),
             queued: false,
             deadline: None,
             readable: false,
@@ -331,23 +282,13 @@ impl TcpFlows {
             }
         }
     }
-
-    /// A socket with buffers that get smaller as flows get many. Their pages take memory only once used.
-    fn open_buffers(&self) -> Open {
-        let size = buffer_size(self.buffered);
-        let buffer = || SocketBuffer::new(vec![0; size]);
-        let mut socket = Socket::new(buffer(), buffer());
-        socket.set_nagle_enabled(false);
-        socket.set_timeout(Some(HANDSHAKE_TIMEOUT));
-        let mut sockets = SocketSet::new(Vec::with_capacity(1));
-        let handle = sockets.add(socket);
-        Open { sockets, handle, buffers: 2 * size, established: false, guest_told: false, host_told: false }
-    }
 }
 
-/// Size of each of a new flow's two buffers, given the bytes of all others.
+/// Size of each of a new flow's two buffers, given the bytes of all others: they get smaller as flows get many.
 fn buffer_size(buffered: usize) -> usize {
-    (BUFFER_BUDGET.saturating_sub(buffered) / 32).clamp(MIN_BUFFER, MAX_BUFFER)
+    let share = BUFFER_BUDGET.saturating_sub(buffered) / 32;
+    let fits = BUFFER_SIZES.into_iter().find(|size| *size <= share);
+    fits.unwrap_or(BUFFER_SIZES[BUFFER_SIZES.len() - 1])
 }
 
 /// Makes the host's peer see a broken connection instead of an orderly end.
@@ -377,130 +318,6 @@ pub(crate) fn reject(packet: &[u8], guest: &mut Guest) {
     guest.receive(packet, &mut SocketSet::new(Vec::new()));
 }
 
-impl Flow {
-    /// Moves data in both directions until nothing more can move.
-    fn pump(&mut self, guest: &mut Guest) -> Next {
-        loop {
-            let Ok(to_host) = self.move_to_host() else { return Next::Broken };
-            let Ok(to_guest) = self.move_to_guest() else { return Next::Broken };
-            let Phase::Open(open) = &mut self.phase else { return Next::Wait };
-            if !guest.send(&mut open.sockets) {
-                return Next::Blocked;
-            }
-            if !(to_host || to_guest) {
-                return open.next();
-            }
-        }
-    }
-
-    /// Guest to host, straight out of the receive buffer; `true` if anything moved.
-    fn move_to_host(&mut self) -> io::Result<bool> {
-        let Phase::Open(open) = &mut self.phase else { return Ok(false) };
-        let socket = open.sockets.get_mut::<Socket>(open.handle);
-        let mut moved = false;
-        while self.writable && socket.can_recv() {
-            let (writable, host) = (&mut self.writable, &mut self.host);
-            let written = socket.recv(|data| match no_block(host.write(data)) {
-                Ok(n) => {
-                    // A short write filled the host's buffer; an event comes when there is room.
-                    *writable = n == data.len();
-                    (n, Ok(n))
-                }
-                Err(error) => (0, Err(error)),
-            });
-            match written {
-                Ok(result) => moved |= result? > 0,
-                Err(RecvError::Finished | RecvError::InvalidState) => break,
-            }
-        }
-        let ended =
-            matches!(socket.state(), State::CloseWait | State::LastAck | State::Closing | State::TimeWait);
-        if ended && !open.host_told && socket.recv_queue() == 0 {
-            open.host_told = true;
-            // Fails only if the peer broke the connection, which the next read or write tells.
-            let _ = self.host.shutdown(Shutdown::Write);
-            moved = true;
-        }
-        Ok(moved)
-    }
-
-    /// Host to guest, straight into the send buffer; `true` if anything moved.
-    fn move_to_guest(&mut self) -> io::Result<bool> {
-        let Phase::Open(open) = &mut self.phase else { return Ok(false) };
-        let socket = open.sockets.get_mut::<Socket>(open.handle);
-        let mut moved = false;
-        while self.readable && !open.guest_told && socket.can_send() {
-            let (readable, closing, host) = (&mut self.readable, self.host_closing, &mut self.host);
-            let mut ended = false;
-            let read = socket.send(|room| {
-                let full = room.len();
-                match no_block_eof(host.read(room)) {
-                    Ok(Some(0)) => {
-                        ended = true;
-                        (0, Ok(0))
-                    }
-                    // A short read emptied the host's buffer; an event comes when there is more.
-                    Ok(n) => {
-                        let n = n.unwrap_or(0);
-                        *readable = n == full || (closing && n > 0);
-                        (n, Ok(n))
-                    }
-                    Err(error) => (0, Err(error)),
-                }
-            });
-            match read {
-                Ok(result) => moved |= result? > 0,
-                Err(SendError::InvalidState) => break,
-            }
-            if ended {
-                socket.close();
-                // Nothing follows that an acknowledgement could ride on.
-                socket.set_ack_delay(None);
-                open.guest_told = true;
-                moved = true;
-            }
-        }
-        Ok(moved)
-    }
-}
-
-impl Open {
-    /// What the state of the guest's connection means for the flow, once all that could be sent is sent.
-    fn next(&mut self) -> Next {
-        let socket = self.sockets.get_mut::<Socket>(self.handle);
-        let handshake = matches!(socket.state(), State::SynSent | State::SynReceived);
-        if !self.established && !handshake {
-            self.established = true;
-            // From now on a guest may be silent for as long as it likes: it may be paused.
-            socket.set_timeout(None);
-        }
-        match socket.state() {
-            // The link loses nothing, so nobody has to linger for a repeated FIN.
-            State::TimeWait if self.host_told => Next::Finished,
-            State::Closed if self.host_told && self.guest_told => Next::Finished,
-            // LISTEN: the guest took its SYN back.
-            State::Closed | State::Listen => Next::Broken,
-            _ => Next::Wait,
-        }
-    }
-}
-
-/// A write that would block wrote nothing.
-fn no_block(result: io::Result<usize>) -> io::Result<usize> {
-    match result {
-        Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => Ok(0),
-        other => other,
-    }
-}
-
-/// `None` for a read that would block, which is not the same as the 0 of an end of stream.
-fn no_block_eof(result: io::Result<usize>) -> io::Result<Option<usize>> {
-    match result {
-        Err(e) if matches!(e.kind(), ErrorKind::WouldBlock) => Ok(None),
-        other => other.map(Some),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -513,7 +330,7 @@ mod tests {
             sizes.push(buffer_size(buffered));
             buffered += 2 * sizes[sizes.len() - 1];
         }
-        assert_eq!((sizes[0], sizes[MAX_FLOWS - 1]), (MAX_BUFFER, MIN_BUFFER));
+        assert_eq!((sizes[0], sizes[MAX_FLOWS - 1]), (BUFFER_SIZES[0], BUFFER_SIZES[4]));
         assert!(sizes.is_sorted_by(|a, b| a >= b));
         assert!(buffered < 128 << 20, "{buffered}");
     }
