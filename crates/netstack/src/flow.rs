@@ -16,6 +16,8 @@ pub(crate) struct Flow {
     pub(crate) key: Key,
     pub(crate) host: TcpStream,
     pub(crate) phase: Phase,
+    /// When the guest last sent a segment or data last moved.
+    pub(crate) last_active: Instant,
     pub(crate) queued: bool,
     pub(crate) deadline: Option<Instant>,
     pub(crate) readable: bool,
@@ -47,9 +49,9 @@ pub(crate) struct Open {
     window: ReceiveWindow,
     established: bool,
     /// The host's end of stream was passed on to the guest.
-    guest_told: bool,
+    pub(crate) guest_told: bool,
     /// The guest's end of stream was passed on to the host.
-    host_told: bool,
+    pub(crate) host_told: bool,
 }
 
 /// What becomes of a flow after some work.
@@ -66,6 +68,16 @@ pub(crate) enum Next {
 }
 
 impl Flow {
+    /// Whether one side has ended its stream.
+    pub(crate) fn is_half_closed(&self) -> bool {
+        matches!(&self.phase, Phase::Open(open) if open.guest_told || open.host_told)
+    }
+
+    /// Whether the guest has ended its stream, and the host's side knows.
+    pub(crate) fn guest_has_ended(&self) -> bool {
+        matches!(&self.phase, Phase::Open(open) if open.host_told)
+    }
+
     /// Moves data in both directions until nothing more can move.
     pub(crate) fn pump(&mut self, guest: &mut Guest) -> Next {
         loop {
@@ -78,6 +90,7 @@ impl Flow {
             if !(to_host || to_guest) {
                 return open.next();
             }
+            self.last_active = guest.now;
         }
     }
 

@@ -1,6 +1,5 @@
-use crate::address::GUEST;
 use crate::flow::{Flow, Next, Open, Phase, Syn};
-use crate::guest::{Guest, Unreachable};
+use crate::guest::{Guest, Quote, Unreachable};
 use crate::stack::Source;
 use crate::window::{BUFFER_SIZES, Segment};
 use mio::net::TcpStream;
@@ -8,15 +7,26 @@ use mio::{Interest, Registry};
 use outboard_bus::warn_limited;
 use slab::Slab;
 use smoltcp::iface::SocketSet;
-use smoltcp::time::Instant;
+use smoltcp::time::{Duration, Instant};
+use socket2::{SockRef, TcpKeepalive};
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::io::{self, ErrorKind};
 use std::net::{SocketAddr, SocketAddrV4};
 
-/// Connections at a time; further ones are refused.
+/// Connections at a time. Further ones take the place of those that one side has closed or nobody uses; without such they
+/// are refused.
 pub(crate) const MAX_FLOWS: usize = 1024;
 /// What all buffers together may take before flows get the least: 1,024 flows stay below 128 MiB.
 const BUFFER_BUDGET: usize = 64 << 20;
+/// How long a connection may be silent: one that stands, and one that is half closed (RFC 5382, REQ-5).
+const ESTABLISHED_IDLE: Duration = Duration::from_secs(2 * 60 * 60 + 4 * 60);
+const TRANSITORY_IDLE: Duration = Duration::from_secs(4 * 60);
+/// How often such are looked for.
+const SWEEP: Duration = Duration::from_secs(30);
+/// When the host asks a silent peer if it is still there, and how often after that: the guest's own questions are answered
+/// here and never reach it.
+const KEEPALIVE: std::time::Duration = std::time::Duration::from_secs(10 * 60);
+const KEEPALIVE_INTERVAL: std::time::Duration = std::time::Duration::from_secs(60);
 /// First of the ports that a forwarded connection seems to come from (RFC 6335, section 6).
 const FIRST_EPHEMERAL: u16 = 49152;
 
@@ -38,6 +48,8 @@ pub(crate) struct TcpFlows {
     /// Bytes of all flows' buffers.
     buffered: usize,
     next_port: u16,
+    /// When silent flows are looked for.
+    next_sweep: Option<Instant>,
 }
 
 impl TcpFlows {
@@ -49,6 +61,7 @@ impl TcpFlows {
             deadlines: BTreeSet::new(),
             buffered: 0,
             next_port: FIRST_EPHEMERAL,
+            next_sweep: None,
         }
     }
 
@@ -60,8 +73,33 @@ impl TcpFlows {
         *self = Self::new();
     }
 
-    pub(crate) fn is_full(&self) -> bool {
-        self.flows.len() >= MAX_FLOWS
+    /// Whether one more connection can be taken, if need be in the place of another.
+    pub(crate) fn has_room(&self, guest: &Guest) -> bool {
+        self.flows.len() < MAX_FLOWS || self.least_useful(guest.now).is_some()
+    }
+
+    /// The flow that gives way first: of the half-closed ones the one that was silent longest, otherwise the same of those
+    /// that have been silent for some time.
+    fn least_useful(&self, now: Instant) -> Option<usize> {
+        let gives_way = |flow: &Flow| flow.is_half_closed() || now - flow.last_active >= TRANSITORY_IDLE;
+        let candidates = self.flows.iter().filter(|(_, flow)| gives_way(flow));
+        candidates.min_by_key(|(_, flow)| (!flow.is_half_closed(), flow.last_active)).map(|(id, _)| id)
+    }
+
+    /// Breaks a flow to make room for another where the table is full.
+    fn make_room(&mut self, guest: &mut Guest) {
+        if self.flows.len() < MAX_FLOWS {
+            return;
+        }
+        let Some(id) = self.least_useful(guest.now) else { return };
+        warn_limited!("{MAX_FLOWS} connections are open: the one to {} gives way", self.flows[id].key.remote);
+        if self.flows[id].guest_has_ended() {
+            // The guest has said all it had to say, and most forget such a connection after a minute. Whatever it sends
+            // after all is answered with RST.
+            self.remove(id, true);
+        } else {
+            self.break_flow(id, guest);
+        }
     }
 
     pub(crate) fn has_runnable(&self) -> bool {
@@ -69,12 +107,17 @@ impl TcpFlows {
     }
 
     pub(crate) fn next_deadline(&self) -> Option<Instant> {
-        self.deadlines.first().map(|d| d.0)
+        let timer = self.deadlines.first().map(|d| d.0);
+        match (timer, self.next_sweep) {
+            (Some(timer), Some(sweep)) => Some(timer.min(sweep)),
+            (timer, sweep) => timer.or(sweep),
+        }
     }
 
     /// Takes a TCP segment of a known connection from the guest; `false` if it belongs to none.
     pub(crate) fn receive(&mut self, key: Key, packet: &[u8], segment: Segment, guest: &mut Guest) -> bool {
         let Some(&id) = self.by_key.get(&key) else { return false };
+        self.flows[id].last_active = guest.now;
         match &mut self.flows[id].phase {
             Phase::Connecting(_) if segment.rst => self.remove(id, false),
             // A repeated SYN: the answer comes when the host has answered.
@@ -96,7 +139,9 @@ impl TcpFlows {
         guest: &mut Guest,
         registry: &Registry,
     ) {
-        let connected = TcpStream::connect(host).and_then(|stream| self.insert(key, stream, registry));
+        self.make_room(guest);
+        let connected =
+            TcpStream::connect(host).and_then(|stream| self.insert(key, stream, guest.now, registry));
         match connected {
             Ok(id) => self.flows[id].phase = Phase::Connecting(syn),
             Err(error) => refuse(&syn.packet, &error, key, guest),
@@ -112,13 +157,15 @@ impl TcpFlows {
         guest: &mut Guest,
         registry: &Registry,
     ) -> io::Result<()> {
+        self.make_room(guest);
         key.remote.set_port(self.free_port(key));
+        let address = guest.subnet().guest();
         let mut open = Open::new(buffer_size(self.buffered));
         open.socket()
-            .connect(guest.context(), (GUEST, key.guest_port), key.remote)
+            .connect(guest.context(), (address, key.guest_port), key.remote)
             .map_err(|e| io::Error::other(format!("cannot start a connection to the guest: {e}")))?;
         self.buffered += open.buffers;
-        match self.insert(key, stream, registry) {
+        match self.insert(key, stream, guest.now, registry) {
             Ok(id) => {
                 self.flows[id].phase = Phase::Open(open);
                 self.enqueue(id);
@@ -143,6 +190,9 @@ impl TcpFlows {
 
     /// Moves data until nothing more can move; `true` if that is because the guest does not take its frames.
     pub(crate) fn run(&mut self, guest: &mut Guest) {
+        if self.next_sweep.is_some_and(|time| time <= guest.now) {
+            self.sweep(guest);
+        }
         while let Some(&(deadline, id)) = self.deadlines.first() {
             if deadline > guest.now {
                 break;
@@ -169,13 +219,7 @@ impl TcpFlows {
         let next = flow.pump(guest);
         match next {
             Next::Finished => self.remove(id, false),
-            Next::Broken => {
-                if let Phase::Open(open) = &mut self.flows[id].phase {
-                    open.socket().abort();
-                    guest.send(&mut open.sockets);
-                }
-                self.remove(id, true);
-            }
+            Next::Broken => self.break_flow(id, guest),
             Next::Blocked => self.enqueue(id),
             Next::Wait => {
                 let Flow { phase: Phase::Open(open), deadline, .. } = &mut self.flows[id] else { return };
@@ -226,9 +270,40 @@ impl TcpFlows {
         self.enqueue(id);
     }
 
-    fn insert(&mut self, key: Key, mut host: TcpStream, registry: &Registry) -> io::Result<usize> {
+    /// Ends a flow so that both sides see a broken connection.
+    fn break_flow(&mut self, id: usize, guest: &mut Guest) {
+        if let Phase::Open(open) = &mut self.flows[id].phase {
+            open.socket().abort();
+            guest.send(&mut open.sockets);
+        }
+        self.remove(id, true);
+    }
+
+    /// Ends what was silent for too long.
+    fn sweep(&mut self, guest: &mut Guest) {
+        let over = |flow: &Flow| {
+            let limit = if flow.is_half_closed() { TRANSITORY_IDLE } else { ESTABLISHED_IDLE };
+            guest.now - flow.last_active >= limit
+        };
+        let ids: Vec<usize> = self.flows.iter().filter(|(_, flow)| over(flow)).map(|(id, _)| id).collect();
+        for id in ids {
+            self.break_flow(id, guest);
+        }
+        self.next_sweep = (!self.flows.is_empty()).then_some(guest.now + SWEEP);
+    }
+
+    fn insert(
+        &mut self,
+        key: Key,
+        mut host: TcpStream,
+        now: Instant,
+        registry: &Registry,
+    ) -> io::Result<usize> {
         // Small writes must not wait for the peer's acknowledgement: the guest has decided already what to send when.
         let _ = host.set_nodelay(true);
+        let keepalive = TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE_INTERVAL);
+        // Without it a peer that vanished is noticed only when the connection has been silent for too long.
+        let _ = SockRef::from(&host).set_tcp_keepalive(&keepalive);
         let entry = self.flows.vacant_entry();
         let id = entry.key();
         registry.register(&mut host, Source::Tcp(id).token(), Interest::READABLE | Interest::WRITABLE)?;
@@ -236,6 +311,7 @@ impl TcpFlows {
             key,
             host,
             phase: Phase::Connecting(Syn::default()),
+            last_active: now,
             queued: false,
             deadline: None,
             readable: false,
@@ -243,6 +319,7 @@ impl TcpFlows {
             host_closing: false,
         });
         self.by_key.insert(key, id);
+        self.next_sweep.get_or_insert(now + SWEEP);
         Ok(id)
     }
 
@@ -294,18 +371,18 @@ fn buffer_size(buffered: usize) -> usize {
 /// Makes the host's peer see a broken connection instead of an orderly end.
 fn abort_host(host: &TcpStream) {
     // Without it the peer sees an end of stream, which is all that is lost if the system refuses.
-    let _ = socket2::SockRef::from(host).set_linger(Some(std::time::Duration::ZERO));
+    let _ = SockRef::from(host).set_linger(Some(std::time::Duration::ZERO));
 }
 
 /// Passes a failed connection attempt on to the guest.
 fn refuse(syn: &[u8], error: &io::Error, key: Key, guest: &mut Guest) {
-    match error.kind() {
+    match (error.kind(), Unreachable::from_error(error)) {
         // The guest repeats its SYN until it gives up, as it would on a real network.
-        ErrorKind::TimedOut => {}
-        ErrorKind::HostUnreachable | ErrorKind::NetworkUnreachable | ErrorKind::NetworkDown => {
-            guest.send_unreachable(syn, *key.remote.ip(), Unreachable::Host);
+        (ErrorKind::TimedOut, _) => {}
+        (_, Some(reason @ (Unreachable::Host | Unreachable::Network))) => {
+            guest.send_unreachable(&Quote::of(syn), guest.subnet().gateway(), reason);
         }
-        ErrorKind::ConnectionRefused | ErrorKind::ConnectionReset => reject(syn, guest),
+        (ErrorKind::ConnectionRefused | ErrorKind::ConnectionReset, _) => reject(syn, guest),
         _ => {
             warn_limited!("no connection to {} for the guest: {error}", key.remote);
             reject(syn, guest);
