@@ -174,6 +174,9 @@ pub struct Disk {
 pub struct Network {
     /// The guest's MAC address.
     pub mac: String,
+    /// The network that the card is on.
+    #[serde(default)]
+    pub subnet: String,
     /// Ports of the host that lead into the guest.
     pub forwards: Vec<String>,
 }

@@ -13,6 +13,7 @@ use crate::{ConsoleTarget, Error, MachineSpec};
 use outboard_bus::{IrqLine, MmioBus, MsiMessage, MsiSink, warn_limited};
 use outboard_host_pci::Selection;
 use outboard_hypervisor::{Capabilities, GicConfig, Hypervisor, InterruptController, Vm, VmOptions, mpidr};
+use outboard_netstack::NetOptions;
 use outboard_passthrough::Vacated;
 use outboard_pci::{Ecam, RootComplex, Windows};
 use outboard_platform::boot::{self, Initrd, Kernel, Loaded};
@@ -36,6 +37,8 @@ pub struct Inputs {
     pub(crate) kernel: Kernel,
     pub(crate) initrd: Option<Initrd>,
     pub(crate) disks: Vec<Disk>,
+    /// The spec's, each with addresses of its own.
+    pub(crate) nets: Vec<NetOptions>,
 }
 
 impl Inputs {
@@ -73,9 +76,11 @@ impl Inputs {
         if devices > PCI_SLOTS {
             return Err(Error::TooManyDevices { asked: devices, most: PCI_SLOTS });
         }
+        let mut nets = spec.nets.clone();
+        outboard_netstack::assign(&mut nets)?;
         let kernel = Kernel::open(&spec.kernel)?;
         let initrd = spec.initrd.as_deref().map(Initrd::open).transpose()?;
-        Ok(Self { space, kernel, initrd, disks: open_disks(spec)? })
+        Ok(Self { space, kernel, initrd, disks: open_disks(spec)?, nets })
     }
 }
 

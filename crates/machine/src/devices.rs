@@ -8,6 +8,7 @@ use crate::status::Board;
 use crate::{Error, MachineSpec};
 use outboard_bus::{Event, MmioBus, MsiSink, warn_limited};
 use outboard_hypervisor::Vm;
+use outboard_netstack::NetOptions;
 use outboard_pci::RootComplex;
 use outboard_virtio::block::{Block, Disk};
 use outboard_virtio::console::Console;
@@ -64,6 +65,7 @@ impl Host {
     pub(crate) fn open(
         spec: &MachineSpec,
         disks: Vec<Disk>,
+        nets: &[NetOptions],
         events: &EventSender,
         board: &Arc<Board>,
     ) -> Result<Self, Error> {
@@ -77,7 +79,7 @@ impl Host {
                     let disk = disks.next().expect("one was opened for each in the list");
                     Box::new(Block::new(&name, &serial, disk, spec.cpus))
                 }
-                DeviceKind::Net(index) => Box::new(Net::new(&format!("net{index}"), &spec.nets[index])?),
+                DeviceKind::Net(index) => Box::new(Net::new(&format!("net{index}"), &nets[index])?),
                 DeviceKind::Console => {
                     let host = ConsoleHost::open(&spec.virtio_console)?;
                     let end = VirtioEnd::new(host, panic_watch.clone(), events.clone());

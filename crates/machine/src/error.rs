@@ -61,6 +61,9 @@ pub enum Error {
     /// A network, such as a forwarded port in use.
     #[error(transparent)]
     Net(#[from] outboard_netstack::NetError),
+    /// Networks that do not go together, such as two forwards of one port.
+    #[error(transparent)]
+    Networks(#[from] outboard_netstack::AssignError),
     /// The socket device.
     #[error(transparent)]
     Vsock(#[from] outboard_virtio::vsock::VsockError),

@@ -49,11 +49,9 @@ impl Plan<'_> {
                     writeln!(f, "block    {}, {} MiB", spec.disks[index], inputs.disks[index].len() >> 20)?;
                 }
                 DeviceKind::Net(index) => {
-                    write!(f, "network  user-mode")?;
-                    spec.nets[index]
-                        .forwards
-                        .iter()
-                        .try_for_each(|forward| write!(f, ", forward {forward}"))?;
+                    let net = &inputs.nets[index];
+                    write!(f, "network  user-mode, {}", net.subnet())?;
+                    net.forwards.iter().try_for_each(|forward| write!(f, ", forward {forward}"))?;
                     writeln!(f)?;
                 }
                 DeviceKind::Console => writeln!(f, "console  {}", spec.virtio_console)?,

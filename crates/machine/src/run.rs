@@ -82,7 +82,7 @@ pub fn run(spec: &MachineSpec, hypervisor: &dyn Hypervisor) -> Result<Outcome, E
     let sender = EventSender(sender);
     // Before the terminal is touched, so that no signal leaves it raw.
     let signals = Signals::install(sender.clone())?;
-    let board = Arc::new(Board::new(spec));
+    let board = Arc::new(Board::new(spec, &inputs.nets));
     let control = control::listen(spec, &board, &sender)?;
     let outcome = boots(spec, hypervisor, &mut inputs, (&sender, events), (&signals, &board));
     // The channel has gone with `boots`, so that every request under way is answered by now.
@@ -98,7 +98,8 @@ fn boots(
     (sender, events): (&EventSender, Receiver<MachineEvent>),
     (signals, board): (&Signals, &Arc<Board>),
 ) -> Result<Outcome, Error> {
-    let mut host = Host::open(spec, std::mem::take(&mut inputs.disks), sender, board)?;
+    let disks = std::mem::take(&mut inputs.disks);
+    let mut host = Host::open(spec, disks, &inputs.nets, sender, board)?;
     let mut power = PowerButton::default();
     loop {
         board.set_state(GuestState::Starting);

@@ -8,6 +8,7 @@ use outboard_control::{
     VmStatus,
 };
 use outboard_host_pci::{HostFunction, Selection};
+use outboard_netstack::NetOptions;
 use outboard_passthrough::{Loss, Vacated};
 use outboard_pci::RootPort;
 use outboard_virtio::Health;
@@ -40,14 +41,15 @@ struct Live {
 }
 
 impl Board {
-    /// Of the machine that `spec` describes.
-    pub(crate) fn new(spec: &MachineSpec) -> Self {
+    /// Of the machine that `spec` describes, with networks that have their addresses.
+    pub(crate) fn new(spec: &MachineSpec, nets: &[NetOptions]) -> Self {
         let disk = |disk: &crate::DiskSpec| Disk {
             path: disk.path.display().to_string(),
             read_only: disk.options.read_only,
         };
-        let network = |net: &outboard_netstack::NetOptions| Network {
-            mac: net.mac.map(|byte| format!("{byte:02x}")).join(":"),
+        let network = |net: &NetOptions| Network {
+            mac: net.mac().map(|byte| format!("{byte:02x}")).join(":"),
+            subnet: net.subnet().to_string(),
             forwards: net.forwards.iter().map(ToString::to_string).collect(),
         };
         let status = VmStatus {
@@ -55,7 +57,7 @@ impl Board {
             vcpus: spec.cpus,
             memory: spec.memory,
             disks: spec.disks.iter().map(disk).collect(),
-            networks: spec.nets.iter().map(network).collect(),
+            networks: nets.iter().map(network).collect(),
             ..Default::default()
         };
         Self {
@@ -301,7 +303,7 @@ mod tests {
         };
         let power = Arc::new(Event::new().unwrap());
         let port = Arc::new(RootPort::with_hot_plug(3, HotPlug { msi: Arc::new(Nowhere), power }));
-        let board = Board::new(&spec);
+        let board = Board::new(&spec, &spec.nets);
         board.built(&Arc::new(MmioBus::new()), vec![(3, port.clone())]);
         (board, port)
     }

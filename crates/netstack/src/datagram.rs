@@ -1,13 +1,16 @@
-use crate::address::{DNS, GATEWAY, GUEST};
+use crate::address::Subnet;
 use crate::frame::{IP_PAYLOAD, UDP_PAYLOAD};
-use crate::guest::{Guest, Unreachable};
+use crate::guest::{Guest, Quote, Unreachable};
+use crate::host_net;
 use crate::options::Forward;
 use crate::resolver::Resolver;
+use crate::sockopt;
 use crate::stack::Source;
 use mio::net::UdpSocket;
 use mio::{Interest, Registry};
 use outboard_bus::warn_limited;
 use slab::Slab;
+use smoltcp::wire::Ipv4Packet;
 use socket2::{Domain, Socket, Type};
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, ErrorKind};
@@ -18,12 +21,14 @@ use std::time::{Duration, Instant};
 pub(crate) const MAX_FLOWS: usize = 512;
 /// How long an idle flow is kept: the least that RFC 4787 (REQ-5) allows.
 const IDLE: Duration = Duration::from_secs(120);
-/// The same for DNS queries, which are over when answered (RFC 4787, REQ-5a).
-const IDLE_DNS: Duration = Duration::from_secs(20);
 /// How often idle flows are looked for.
 const SWEEP: Duration = Duration::from_secs(5);
 /// The largest payload of a UDP datagram over IPv4, in bytes.
 const MAX_PAYLOAD: usize = 65507;
+
+/// MTU that the guest is told where the system does not tell that of the path: the least that IPv6 allows, which nearly every
+/// link has.
+const FALLBACK_MTU: u16 = 1280;
 
 /// ICMP echo messages (RFC 792).
 const ECHO_REPLY: u8 = 0;
@@ -46,9 +51,23 @@ impl Key {
             Self::Ping(_, remote) => remote,
         }
     }
+}
 
-    fn is_dns(self) -> bool {
-        matches!(self, Self::Udp(_, remote) if *remote.ip() == DNS)
+/// A datagram of the guest.
+pub(crate) struct Datagram<'a> {
+    pub(crate) key: Key,
+    /// The payload of UDP, the whole message of a ping.
+    pub(crate) payload: &'a [u8],
+    /// The IP packet that it came in.
+    pub(crate) packet: &'a [u8],
+    /// It may not be sent in fragments.
+    pub(crate) dont_fragment: bool,
+}
+
+impl<'a> Datagram<'a> {
+    /// Of `packet`, which is all of `bytes`.
+    pub(crate) fn new(key: Key, payload: &'a [u8], packet: &Ipv4Packet<&[u8]>, bytes: &'a [u8]) -> Self {
+        Self { key, payload, packet: bytes, dont_fragment: packet.dont_frag() }
     }
 }
 
@@ -66,14 +85,16 @@ struct Flow {
     key: Key,
     path: Path,
     last_used: Instant,
-    /// Whether the other side ever answered.
-    answered: bool,
+    /// The last packet of the guest.
+    last_sent: Quote,
+    /// What the socket was told last about fragments.
+    dont_fragment: bool,
     queued: bool,
 }
 
 enum Path {
-    /// A socket of its own, connected to this address.
-    Socket(UdpSocket, SocketAddr),
+    /// A socket of its own, connected to the other side.
+    Socket(UdpSocket),
     /// A peer of the forward with this index.
     Forward(usize, SocketAddr),
 }
@@ -146,63 +167,67 @@ impl Datagrams {
         }
     }
 
-    /// Sends the guest's datagram on: `payload` for UDP, the whole message for a ping. `packet` is the IP packet, for
-    /// errors. `host` says where a new flow leads.
-    pub(crate) fn send(
-        &mut self,
-        key: Key,
-        payload: &[u8],
-        packet: &[u8],
-        host: SocketAddr,
-        cx: &mut Cx<'_>,
-    ) {
+    /// Sends the guest's datagram on. `host` says where a new flow leads.
+    pub(crate) fn send(&mut self, datagram: &Datagram<'_>, host: SocketAddr, cx: &mut Cx<'_>) {
+        let key = datagram.key;
+        let quote = Quote::of(datagram.packet);
         let id = match self.by_key.get(&key) {
             Some(&id) => id,
-            None => match self.open(key, host, cx) {
+            None => match self.open(key, host, quote.clone(), cx) {
                 Ok(id) => id,
                 Err(error) => {
-                    // Without the right to send pings the guest's stay unanswered; the first message says so.
-                    warn_limited!("no datagrams to {} for the guest: {error}", key.remote());
+                    report_failed_open(key, &error);
+                    if let Some(reason) = Unreachable::from_error(&error) {
+                        cx.tell(&quote, key, reason);
+                    }
                     return;
                 }
             },
         };
         let flow = &mut self.flows[id];
         flow.last_used = cx.now;
-        let sent = match &flow.path {
-            Path::Socket(socket, _) => socket.send(payload),
-            Path::Forward(index, peer) => self.forwards[*index].socket.send_to(payload, *peer),
-        };
-        if let Err(error) = sent {
-            let code = match error.kind() {
-                // Reported for an earlier datagram of this flow, too.
-                ErrorKind::ConnectionRefused => Unreachable::Port,
-                ErrorKind::HostUnreachable | ErrorKind::NetworkUnreachable => Unreachable::Host,
+        flow.last_sent = quote;
+        let socket = match &flow.path {
+            Path::Socket(socket) => socket,
+            Path::Forward(index, peer) => {
                 // A full socket drops, as a network does.
-                _ => return,
-            };
-            cx.guest.send_unreachable(packet, key.remote(), code);
+                let _ = self.forwards[*index].socket.send_to(datagram.payload, *peer);
+                return;
+            }
+        };
+        if flow.dont_fragment != datagram.dont_fragment
+            && sockopt::set_dont_fragment(socket, datagram.dont_fragment).is_ok()
+        {
+            flow.dont_fragment = datagram.dont_fragment;
+        }
+        let Err(error) = socket.send(datagram.payload) else { return };
+        let Some(reason) = reason(&error, socket) else { return };
+        sockopt::forget_errors(socket);
+        cx.tell(&flow.last_sent, key, reason);
+        // The error may be an earlier datagram's, and then this one was not sent.
+        if !matches!(reason, Unreachable::FragmentationNeeded(_)) {
+            let _ = socket.send(datagram.payload);
         }
     }
 
-    fn open(&mut self, key: Key, host: SocketAddr, cx: &mut Cx<'_>) -> io::Result<usize> {
+    fn open(&mut self, key: Key, host: SocketAddr, last_sent: Quote, cx: &mut Cx<'_>) -> io::Result<usize> {
         let mut socket = match key {
-            Key::Udp(..) => {
-                let any: SocketAddr = if host.is_ipv4() { ([0; 4], 0).into() } else { ([0u16; 8], 0).into() };
-                UdpSocket::bind(any)?
-            }
+            Key::Udp(..) => UdpSocket::bind(host_net::any_port_for(host))?,
             Key::Ping(..) => ping_socket()?,
         };
         socket.connect(host)?;
-        self.make_room(cx);
+        // A system that refuses either leaves the guest with less to know, no more.
+        let _ = sockopt::report_all_errors(&socket).and_then(|()| sockopt::set_dont_fragment(&socket, false));
+        self.make_room();
         let entry = self.flows.vacant_entry();
         let id = entry.key();
         cx.registry.register(&mut socket, Source::Datagram(id).token(), Interest::READABLE)?;
         entry.insert(Flow {
             key,
-            path: Path::Socket(socket, host),
+            path: Path::Socket(socket),
             last_used: cx.now,
-            answered: false,
+            last_sent,
+            dont_fragment: false,
             queued: false,
         });
         self.by_key.insert(key, id);
@@ -210,13 +235,13 @@ impl Datagrams {
         Ok(id)
     }
 
-    fn make_room(&mut self, cx: &mut Cx<'_>) {
+    fn make_room(&mut self) {
         if self.flows.len() < MAX_FLOWS {
             return;
         }
         if let Some((id, _)) = self.flows.iter().min_by_key(|(_, flow)| flow.last_used) {
             warn_limited!("{MAX_FLOWS} datagram flows are open: the oldest one gives way");
-            self.remove(id, cx);
+            self.remove(id);
         }
     }
 
@@ -244,23 +269,24 @@ impl Datagrams {
     /// Takes one datagram from a flow's socket; `false` when there was none.
     fn receive(&mut self, id: usize, cx: &mut Cx<'_>) -> bool {
         let flow = &mut self.flows[id];
-        let Path::Socket(socket, _) = &flow.path else { return false };
+        let Path::Socket(socket) = &flow.path else { return false };
         let mut buffer = cx.guest.outbox.buffer();
         let start = if matches!(flow.key, Key::Udp(..)) { UDP_PAYLOAD } else { IP_PAYLOAD };
         let len = match socket.recv(&mut buffer[start..start + MAX_PAYLOAD]) {
             Ok(len) => len,
             Err(error) => {
                 cx.guest.outbox.recycle(buffer);
-                // An ICMP error for an earlier datagram; there may be more behind it.
-                return error.kind() != ErrorKind::WouldBlock
-                    && socket.take_error().is_ok_and(|e| e.is_some());
+                sockopt::forget_errors(socket);
+                let Some(reason) = reason(&error, socket) else { return false };
+                cx.tell(&flow.last_sent, flow.key, reason);
+                return true;
             }
         };
         flow.last_used = cx.now;
-        flow.answered = true;
         match flow.key {
             Key::Udp(port, remote) => {
-                cx.guest.outbox.push_udp(buffer, len, (*remote.ip(), remote.port()), (GUEST, port));
+                let guest = (cx.guest.subnet().guest(), port);
+                cx.guest.outbox.push_udp(buffer, len, (*remote.ip(), remote.port()), guest);
             }
             Key::Ping(ident, remote) => send_echo_reply(buffer, len, ident, remote, cx.guest),
         }
@@ -280,14 +306,16 @@ impl Datagrams {
                 return error.kind() != ErrorKind::WouldBlock;
             }
         };
-        let remote = as_guest_sees(peer);
+        let remote = as_guest_sees(peer, cx.guest.subnet());
         let key = Key::Udp(guest_port, remote);
         let id = match self.by_key.get(&key) {
             Some(&id) => id,
             None => {
-                self.make_room(cx);
+                self.make_room();
                 let path = Path::Forward(index, peer);
-                let flow = Flow { key, path, last_used: cx.now, answered: true, queued: false };
+                let last_sent = Quote::of(&[]);
+                let flow =
+                    Flow { key, path, last_used: cx.now, last_sent, dont_fragment: false, queued: false };
                 let id = self.flows.insert(flow);
                 self.by_key.insert(key, id);
                 self.next_sweep.get_or_insert(cx.now + SWEEP);
@@ -295,35 +323,29 @@ impl Datagrams {
             }
         };
         self.flows[id].last_used = cx.now;
-        cx.guest.outbox.push_udp(buffer, len, (*remote.ip(), remote.port()), (GUEST, guest_port));
+        let guest = (cx.guest.subnet().guest(), guest_port);
+        cx.guest.outbox.push_udp(buffer, len, (*remote.ip(), remote.port()), guest);
         true
     }
 
     fn sweep(&mut self, cx: &mut Cx<'_>) {
-        let idle = |flow: &Flow| if flow.key.is_dns() { IDLE_DNS } else { IDLE };
         let over: Vec<usize> = self
             .flows
             .iter()
-            .filter(|(_, flow)| cx.now.duration_since(flow.last_used) >= idle(flow))
+            .filter(|(_, flow)| cx.now.duration_since(flow.last_used) >= IDLE)
             .map(|(id, _)| id)
             .collect();
         for id in over {
-            self.remove(id, cx);
+            self.remove(id);
         }
         self.next_sweep = (!self.flows.is_empty()).then_some(cx.now + SWEEP);
     }
 
-    fn remove(&mut self, id: usize, cx: &mut Cx<'_>) {
+    fn remove(&mut self, id: usize) {
         let flow = self.flows.remove(id);
         self.by_key.remove(&flow.key);
         if flow.queued {
             self.readable.retain(|inlet| !matches!(inlet, Inlet::Flow(i) if *i == id));
-        }
-        if let Path::Socket(_, host) = flow.path
-            && flow.key.is_dns()
-            && !flow.answered
-        {
-            cx.resolver.failed(host);
         }
     }
 }
@@ -334,16 +356,45 @@ pub(crate) struct Cx<'a> {
     pub(crate) registry: &'a Registry,
     /// The time of this round of work.
     pub(crate) now: Instant,
-    /// Told of a server that left a query unanswered.
     pub(crate) resolver: &'a mut Resolver,
 }
 
-/// The host appears as the gateway.
-pub(crate) fn as_guest_sees(peer: SocketAddr) -> SocketAddrV4 {
+impl Cx<'_> {
+    /// Tells the guest that its packet `quote` of flow `key` was not delivered. A closed port is the other side's word, the
+    /// rest the router's.
+    fn tell(&mut self, quote: &Quote, key: Key, reason: Unreachable) {
+        let from = match reason {
+            Unreachable::Port => key.remote(),
+            _ => self.guest.subnet().gateway(),
+        };
+        self.guest.send_unreachable(quote, from, reason);
+    }
+}
+
+/// What a socket's error means for the guest.
+fn reason(error: &io::Error, socket: &UdpSocket) -> Option<Unreachable> {
+    if error.raw_os_error() == Some(libc::EMSGSIZE) {
+        return Some(Unreachable::FragmentationNeeded(sockopt::path_mtu(socket).unwrap_or(FALLBACK_MTU)));
+    }
+    Unreachable::from_error(error)
+}
+
+fn report_failed_open(key: Key, error: &io::Error) {
+    if matches!(key, Key::Ping(..)) && error.kind() == ErrorKind::PermissionDenied {
+        warn_limited!(
+            "the host does not let this process send pings for the guest; Linux: widen the sysctl net.ipv4.ping_group_range"
+        );
+    } else if Unreachable::from_error(error).is_none() {
+        warn_limited!("no datagrams to {} for the guest: {error}", key.remote());
+    }
+}
+
+/// The host appears as the gateway of `subnet`, and so does who has no address that the guest could answer.
+pub(crate) fn as_guest_sees(peer: SocketAddr, subnet: Subnet) -> SocketAddrV4 {
     match peer {
-        SocketAddr::V4(v4) if !v4.ip().is_loopback() => v4,
+        SocketAddr::V4(v4) if !v4.ip().is_loopback() && !subnet.contains(*v4.ip()) => v4,
         // There are no IPv6 addresses on the guest's network.
-        other => SocketAddrV4::new(GATEWAY, other.port()),
+        other => SocketAddrV4::new(subnet.gateway(), other.port()),
     }
 }
 
@@ -368,7 +419,8 @@ fn send_echo_reply(mut buffer: Vec<u8>, mut len: usize, ident: u16, from: Ipv4Ad
         return guest.outbox.recycle(buffer);
     }
     buffer[IP_PAYLOAD + 4..IP_PAYLOAD + 6].copy_from_slice(&ident.to_be_bytes());
-    guest.outbox.push_icmp(buffer, len, from, GUEST);
+    let to = guest.subnet().guest();
+    guest.outbox.push_icmp(buffer, len, from, to);
 }
 
 /// The identifier of an ICMP echo request; `None` for any other message.
@@ -382,5 +434,6 @@ pub(crate) fn answer_echo(message: &[u8], address: Ipv4Addr, guest: &mut Guest) 
     let mut buffer = guest.outbox.buffer();
     buffer[IP_PAYLOAD..IP_PAYLOAD + message.len()].copy_from_slice(message);
     buffer[IP_PAYLOAD] = ECHO_REPLY;
-    guest.outbox.push_icmp(buffer, message.len(), address, GUEST);
+    let to = guest.subnet().guest();
+    guest.outbox.push_icmp(buffer, message.len(), address, to);
 }

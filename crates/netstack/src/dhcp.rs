@@ -1,4 +1,4 @@
-use crate::address::{DNS, GATEWAY, GUEST, MTU, NETMASK};
+use crate::address::{MTU, Subnet};
 use smoltcp::wire::{DhcpMessageType, DhcpOption, DhcpPacket, DhcpRepr};
 use std::net::Ipv4Addr;
 
@@ -18,20 +18,21 @@ pub(crate) struct Reply {
     pub(crate) to: Ipv4Addr,
 }
 
-/// Answers the DHCP message `request` of the only client there can be (RFC 2131, section 4.3) into `buffer`.
+/// Answers the DHCP message `request` of the only client there can be on `subnet` (RFC 2131, section 4.3) into `buffer`.
 ///
 /// `None` for anything that needs no answer, malformed messages included.
-pub(crate) fn answer(request: &[u8], buffer: &mut [u8]) -> Option<Reply> {
+pub(crate) fn answer(request: &[u8], subnet: Subnet, buffer: &mut [u8]) -> Option<Reply> {
+    let (gateway, guest) = (subnet.gateway(), subnet.guest());
     let packet = DhcpPacket::new_checked(request).ok()?;
     let request = DhcpRepr::parse(&packet).ok()?;
-    if request.server_identifier.is_some_and(|server| server != GATEWAY) {
+    if request.server_identifier.is_some_and(|server| server != gateway) {
         return None; // The client chose another server.
     }
     let message_type = match request.message_type {
         DhcpMessageType::Discover => DhcpMessageType::Offer,
         DhcpMessageType::Request => {
             let wanted = request.requested_ip.unwrap_or(request.client_ip);
-            if wanted == GUEST { DhcpMessageType::Ack } else { DhcpMessageType::Nak }
+            if wanted == guest { DhcpMessageType::Ack } else { DhcpMessageType::Nak }
         }
         DhcpMessageType::Inform => DhcpMessageType::Ack,
         _ => return None,
@@ -48,17 +49,17 @@ pub(crate) fn answer(request: &[u8], buffer: &mut [u8]) -> Option<Reply> {
         secs: 0,
         client_hardware_address: request.client_hardware_address,
         client_ip: if refused { none } else { request.client_ip },
-        your_ip: if refused || inform { none } else { GUEST },
-        server_ip: if refused { none } else { GATEWAY },
-        router: (!refused).then_some(GATEWAY),
-        subnet_mask: (!refused).then_some(NETMASK),
+        your_ip: if refused || inform { none } else { guest },
+        server_ip: if refused { none } else { gateway },
+        router: (!refused).then_some(gateway),
+        subnet_mask: (!refused).then_some(subnet.netmask()),
         relay_agent_ip: request.relay_agent_ip,
         broadcast: request.broadcast,
         requested_ip: None,
         client_identifier: request.client_identifier,
-        server_identifier: Some(GATEWAY),
+        server_identifier: Some(gateway),
         parameter_request_list: None,
-        dns_servers: (!refused).then(|| [DNS].into_iter().collect()),
+        dns_servers: (!refused).then(|| [subnet.dns()].into_iter().collect()),
         max_size: None,
         // An answer to INFORM carries no lease (RFC 2131, section 4.3.5).
         lease_duration: (!refused && !inform).then_some(LEASE_SECONDS),
@@ -68,13 +69,14 @@ pub(crate) fn answer(request: &[u8], buffer: &mut [u8]) -> Option<Reply> {
     };
     let len = reply.buffer_len();
     reply.emit(&mut DhcpPacket::new_unchecked(buffer.get_mut(..len)?)).ok()?;
-    let has_address = request.client_ip == GUEST && !refused;
-    Some(Reply { len, to: if has_address { GUEST } else { Ipv4Addr::BROADCAST } })
+    let has_address = request.client_ip == guest && !refused;
+    Some(Reply { len, to: if has_address { guest } else { Ipv4Addr::BROADCAST } })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::address::{DNS, GATEWAY, GUEST};
     use proptest::prelude::*;
     use smoltcp::wire::EthernetAddress;
 
@@ -117,7 +119,7 @@ mod tests {
     /// The type, the address given, where it went, and the options of an answer.
     fn ask(repr: &DhcpRepr<'_>) -> Option<(DhcpMessageType, Ipv4Addr, Ipv4Addr, Options)> {
         let mut buffer = vec![0; 1024];
-        let reply = answer(&bytes(repr), &mut buffer)?;
+        let reply = answer(&bytes(repr), Subnet::DEFAULT, &mut buffer)?;
         let packet = DhcpPacket::new_checked(&buffer[..reply.len]).unwrap();
         let parsed = DhcpRepr::parse(&packet).unwrap();
         assert_eq!(parsed.transaction_id, 0x1234_5678);
@@ -130,7 +132,7 @@ mod tests {
         let (kind, address, to, options) = ask(&message(DhcpMessageType::Discover)).unwrap();
         assert_eq!((kind, address, to), (DhcpMessageType::Offer, GUEST, Ipv4Addr::BROADCAST));
         for expected in [
-            (1, NETMASK.octets().to_vec()),
+            (1, vec![255, 255, 255, 0]),
             (3, GATEWAY.octets().to_vec()),
             (6, DNS.octets().to_vec()),
             (26, 65520u16.to_be_bytes().to_vec()),
@@ -185,7 +187,7 @@ mod tests {
                 request[..240].copy_from_slice(&head[..240]);
             }
             let mut buffer = vec![0; 1024];
-            if let Some(reply) = answer(&request, &mut buffer) {
+            if let Some(reply) = answer(&request, Subnet::DEFAULT, &mut buffer) {
                 prop_assert!(reply.len <= buffer.len());
             }
         }

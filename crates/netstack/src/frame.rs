@@ -1,4 +1,4 @@
-use crate::address::{MTU, ROUTER_MAC};
+use crate::address::{MTU, Subnet};
 use smoltcp::phy::{self, ChecksumCapabilities, DeviceCapabilities, Medium};
 use smoltcp::time::Instant;
 use smoltcp::wire::{IpProtocol, checksum};
@@ -56,6 +56,7 @@ impl Frame {
 pub(crate) struct Outbox {
     queue: VecDeque<Frame>,
     spare: Vec<Vec<u8>>,
+    router_mac: [u8; 6],
     /// The guest's MAC address, as its own frames last gave it.
     pub(crate) guest_mac: [u8; 6],
     /// The guest finishes TCP and UDP checksums itself.
@@ -64,8 +65,15 @@ pub(crate) struct Outbox {
 }
 
 impl Outbox {
-    pub(crate) fn new(guest_mac: [u8; 6]) -> Self {
-        Self { queue: VecDeque::new(), spare: Vec::new(), guest_mac, partial_checksums: false, next_ident: 0 }
+    pub(crate) fn new(guest_mac: [u8; 6], subnet: Subnet) -> Self {
+        Self {
+            queue: VecDeque::new(),
+            spare: Vec::new(),
+            router_mac: subnet.router_mac(),
+            guest_mac,
+            partial_checksums: false,
+            next_ident: 0,
+        }
     }
 
     /// Whether sockets may add frames.
@@ -106,7 +114,7 @@ impl Outbox {
             return;
         }
         buffer[..6].copy_from_slice(&to);
-        buffer[6..12].copy_from_slice(&ROUTER_MAC);
+        buffer[6..12].copy_from_slice(&self.router_mac);
         buffer[12..14].copy_from_slice(&ethertype.to_be_bytes());
         self.queue.push_back(Frame { buffer, len: ETHERNET_HEADER + payload, checksum: None });
     }

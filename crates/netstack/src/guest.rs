@@ -1,8 +1,10 @@
+use crate::address::Subnet;
 use crate::frame::{IP_PAYLOAD, Link, Outbox};
 use smoltcp::iface::{Config, Interface, PollResult, SocketSet};
 use smoltcp::time::Instant;
 use smoltcp::wire::HardwareAddress;
 use std::hash::{BuildHasher, Hasher, RandomState};
+use std::io::{self, ErrorKind};
 use std::net::Ipv4Addr;
 
 /// The side that faces the guest: smoltcp's TCP, and the frames that wait for the guest.
@@ -10,29 +12,88 @@ use std::net::Ipv4Addr;
 /// Each TCP flow has a socket set of its own, so that a packet costs the same with one flow and with a thousand.
 pub(crate) struct Guest {
     interface: Interface,
+    subnet: Subnet,
     pub(crate) outbox: Outbox,
     started: std::time::Instant,
     /// Time since `started`, as of the last [`Guest::tick`].
     pub(crate) now: Instant,
 }
 
-/// Code of an ICMP "destination unreachable" message (RFC 792).
-#[derive(Clone, Copy)]
+/// Why a packet of the guest was not delivered: the code of an ICMP "destination unreachable" message (RFC 792, RFC 1812
+/// section 5.2.7.1).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Unreachable {
-    Host = 1,
-    Port = 3,
+    Network,
+    Host,
+    Port,
+    /// It is larger than this, in bytes, and may not be cut (RFC 1191).
+    FragmentationNeeded(u16),
+    /// The user of the host does not allow it.
+    Prohibited,
+}
+
+impl Unreachable {
+    fn code(self) -> u8 {
+        match self {
+            Self::Network => 0,
+            Self::Host => 1,
+            Self::Port => 3,
+            Self::FragmentationNeeded(_) => 4,
+            Self::Prohibited => 13,
+        }
+    }
+
+    /// What `error` of a socket that sends for the guest means; `None` for what a network does not report.
+    pub(crate) fn from_error(error: &io::Error) -> Option<Self> {
+        match error.kind() {
+            ErrorKind::ConnectionRefused => Some(Self::Port),
+            ErrorKind::HostUnreachable => Some(Self::Host),
+            ErrorKind::NetworkUnreachable | ErrorKind::NetworkDown => Some(Self::Network),
+            ErrorKind::PermissionDenied => Some(Self::Prohibited),
+            _ => None,
+        }
+    }
+}
+
+/// ICMP messages (RFC 792).
+const ICMP_HEADER: usize = 8;
+const DESTINATION_UNREACHABLE: u8 = 3;
+/// The longest IPv4 header, and how much of the payload an ICMP error quotes (RFC 792).
+const MAX_IPV4_HEADER: usize = 60;
+const QUOTED_PAYLOAD: usize = 8;
+
+/// The part of a guest's packet by which its sender recognises it in an ICMP error.
+#[derive(Clone)]
+pub(crate) struct Quote {
+    bytes: [u8; MAX_IPV4_HEADER + QUOTED_PAYLOAD],
+    len: usize,
+}
+
+impl Quote {
+    /// Of a whole IPv4 packet.
+    pub(crate) fn of(packet: &[u8]) -> Self {
+        let header = packet.first().map_or(0, |first| usize::from(first & 0xf) * 4);
+        let len = packet.len().min(header + QUOTED_PAYLOAD);
+        let mut bytes = [0; MAX_IPV4_HEADER + QUOTED_PAYLOAD];
+        bytes[..len].copy_from_slice(&packet[..len]);
+        Self { bytes, len }
+    }
 }
 
 impl Guest {
-    pub(crate) fn new(mac: [u8; 6]) -> Self {
-        let mut outbox = Outbox::new(mac);
+    pub(crate) fn new(mac: [u8; 6], subnet: Subnet) -> Self {
+        let mut outbox = Outbox::new(mac, subnet);
         let interface = interface(&mut outbox);
-        Self { interface, outbox, started: std::time::Instant::now(), now: Instant::ZERO }
+        Self { interface, subnet, outbox, started: std::time::Instant::now(), now: Instant::ZERO }
+    }
+
+    pub(crate) fn subnet(&self) -> Subnet {
+        self.subnet
     }
 
     /// Forgets everything about the guest but its configured address.
     pub(crate) fn reset(&mut self, mac: [u8; 6]) {
-        let Self { interface: old_interface, outbox, started: _, now: _ } = self;
+        let Self { interface: old_interface, subnet: _, outbox, started: _, now: _ } = self;
         outbox.clear();
         outbox.guest_mac = mac;
         outbox.partial_checksums = false;
@@ -72,16 +133,20 @@ impl Guest {
         self.interface.context()
     }
 
-    /// Tells the guest that its IPv4 packet `original` could not be delivered.
-    pub(crate) fn send_unreachable(&mut self, original: &[u8], from: Ipv4Addr, code: Unreachable) {
-        // The whole header, at most 60 bytes, and the first eight bytes of the payload (RFC 792).
-        let header = usize::from(original[0] & 0xf) * 4;
-        let quoted = &original[..original.len().min(header + 8)];
+    /// Tells the guest that its packet `original` could not be delivered, in the name of `from`.
+    pub(crate) fn send_unreachable(&mut self, original: &Quote, from: Ipv4Addr, reason: Unreachable) {
+        let quoted = &original.bytes[..original.len];
         let mut buffer = self.outbox.buffer();
-        let icmp = &mut buffer[IP_PAYLOAD..IP_PAYLOAD + 8 + quoted.len()];
-        icmp[..8].copy_from_slice(&[3, code as u8, 0, 0, 0, 0, 0, 0]);
-        icmp[8..].copy_from_slice(quoted);
-        self.outbox.push_icmp(buffer, 8 + quoted.len(), from, crate::address::GUEST);
+        let icmp = &mut buffer[IP_PAYLOAD..IP_PAYLOAD + ICMP_HEADER + quoted.len()];
+        icmp[..ICMP_HEADER].fill(0);
+        icmp[0] = DESTINATION_UNREACHABLE;
+        icmp[1] = reason.code();
+        if let Unreachable::FragmentationNeeded(mtu) = reason {
+            icmp[6..8].copy_from_slice(&mtu.to_be_bytes());
+        }
+        icmp[ICMP_HEADER..].copy_from_slice(quoted);
+        let len = ICMP_HEADER + quoted.len();
+        self.outbox.push_icmp(buffer, len, from, self.subnet.guest());
     }
 }
 

@@ -5,16 +5,23 @@
 //! The guest is not trusted: tables and buffers are bounded, and what it sends is dropped where it makes no sense.
 
 pub mod address;
+mod assign;
 mod datagram;
 mod dhcp;
+mod dns;
+mod flow;
 mod fragment;
 mod frame;
 mod guest;
+mod host_net;
 mod options;
 mod resolver;
+mod sockopt;
 mod stack;
 mod tcp;
+mod window;
 
+pub use assign::{AssignError, assign};
 pub use frame::{Frame, MAX_FRAME, PartialChecksum};
 pub use options::{Forward, NetOptions, OptionError, Protocol};
 pub use stack::{Checksum, NetError, Stack};

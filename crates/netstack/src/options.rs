@@ -1,3 +1,5 @@
+use crate::address::Subnet;
+use crate::resolver::parse_server;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::str::FromStr;
@@ -72,6 +74,9 @@ pub enum OptionError {
         /// What was given.
         value: String,
     },
+    /// Not a subnet for a card.
+    #[error("subnet '{0}' is not a network of 256 addresses such as 10.0.3.0/24")]
+    Subnet(String),
     /// Not a resolver's address.
     #[error("dns '{0}' is not ADDRESS or ADDRESS:PORT of a resolver, such as 9.9.9.9")]
     Dns(String),
@@ -79,7 +84,9 @@ pub enum OptionError {
     #[error("network kind '{0}' is not known; 'user' is the only one")]
     Kind(String),
     /// An option that does not exist.
-    #[error("network option '{0}' is not known; known are forward=, mac=, host-loopback= and dns=")]
+    #[error(
+        "network option '{0}' is not known; known are forward=, mac=, subnet=, host-loopback=, lan= and dns="
+    )]
     Unknown(String),
 }
 
@@ -131,28 +138,56 @@ fn parse_address(text: &str) -> Option<IpAddr> {
 
 /// A user-mode network as a user describes it.
 ///
-/// Written `user[,forward=FORWARD]…[,mac=MAC][,host-loopback=on|off][,dns=ADDRESS[:PORT]]`.
+/// Written `user[,forward=FORWARD]…[,mac=MAC][,subnet=ADDRESS/24][,host-loopback=on|off][,lan=on|off][,dns=ADDRESS[:PORT]]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NetOptions {
-    /// The guest's MAC address, unicast.
-    pub mac: [u8; 6],
+    /// The guest's MAC address, unicast; [`crate::assign`] chooses one where `None`.
+    pub mac: Option<[u8; 6]>,
+    /// The network that the card is on; [`crate::assign`] chooses one where `None`.
+    pub subnet: Option<Subnet>,
     /// Ports of the host that lead into the guest.
     pub forwards: Vec<Forward>,
-    /// Whether the gateway's address leads to services on the host's loopback interface.
+    /// The gateway's address leads to services on the host's loopback interface.
     pub host_loopback: bool,
+    /// Private networks, the host's own among them, can be reached.
+    pub lan: bool,
     /// Resolver to relay DNS to; the host's `/etc/resolv.conf` where `None`.
     pub dns: Option<SocketAddr>,
 }
 
+/// The first card's MAC address. 52:54:00 is locally administered; QEMU's users know the whole.
+pub(crate) const DEFAULT_MAC: [u8; 6] = [0x52, 0x54, 0x00, 0x12, 0x34, 0x56];
+
 impl Default for NetOptions {
     fn default() -> Self {
-        // 52:54:00 is locally administered; the address is the one QEMU's users know.
-        Self {
-            mac: [0x52, 0x54, 0x00, 0x12, 0x34, 0x56],
-            forwards: Vec::new(),
-            host_loopback: true,
-            dns: None,
+        Self { mac: None, subnet: None, forwards: Vec::new(), host_loopback: false, lan: true, dns: None }
+    }
+}
+
+impl NetOptions {
+    /// The guest's MAC address: the first card's where none was given or assigned.
+    pub fn mac(&self) -> [u8; 6] {
+        self.mac.unwrap_or(DEFAULT_MAC)
+    }
+
+    /// The card's network: the first card's where none was given or assigned.
+    pub fn subnet(&self) -> Subnet {
+        self.subnet.unwrap_or(Subnet::DEFAULT)
+    }
+
+    fn set(&mut self, key: &str, value: &str) -> Result<(), OptionError> {
+        match key {
+            "forward" => self.forwards.push(value.parse()?),
+            "mac" => self.mac = Some(parse_mac(value).ok_or_else(|| OptionError::Mac(value.to_owned()))?),
+            "subnet" => {
+                self.subnet = Some(value.parse().map_err(|_| OptionError::Subnet(value.to_owned()))?);
+            }
+            "host-loopback" => self.host_loopback = parse_switch("host-loopback", value)?,
+            "lan" => self.lan = parse_switch("lan", value)?,
+            "dns" => self.dns = Some(parse_dns(value).ok_or_else(|| OptionError::Dns(value.to_owned()))?),
+            _ => return Err(OptionError::Unknown(format!("{key}={value}"))),
         }
+        Ok(())
     }
 }
 
@@ -167,36 +202,24 @@ impl FromStr for NetOptions {
         }
         let mut options = Self::default();
         for part in parts {
-            match part.split_once('=') {
-                Some(("forward", value)) => options.forwards.push(value.parse()?),
-                Some(("mac", value)) => {
-                    options.mac = parse_mac(value).ok_or_else(|| OptionError::Mac(value.to_owned()))?;
-                }
-                Some(("host-loopback", value)) => {
-                    options.host_loopback = match value {
-                        "on" => true,
-                        "off" => false,
-                        _ => {
-                            return Err(OptionError::Switch {
-                                key: "host-loopback",
-                                value: value.to_owned(),
-                            });
-                        }
-                    }
-                }
-                Some(("dns", value)) => {
-                    let address = value.parse().ok().map(|ip| SocketAddr::new(ip, 53));
-                    options.dns = Some(
-                        address
-                            .or_else(|| value.parse().ok())
-                            .ok_or_else(|| OptionError::Dns(value.to_owned()))?,
-                    );
-                }
-                _ => return Err(OptionError::Unknown(part.to_owned())),
-            }
+            let (key, value) = part.split_once('=').ok_or_else(|| OptionError::Unknown(part.to_owned()))?;
+            options.set(key, value)?;
         }
         Ok(options)
     }
+}
+
+fn parse_switch(key: &'static str, value: &str) -> Result<bool, OptionError> {
+    match value {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err(OptionError::Switch { key, value: value.to_owned() }),
+    }
+}
+
+/// An address, with port 53 where there is none.
+fn parse_dns(text: &str) -> Option<SocketAddr> {
+    parse_server(text).or_else(|| text.parse().ok())
 }
 
 fn parse_mac(text: &str) -> Option<[u8; 6]> {
@@ -265,14 +288,16 @@ mod tests {
     #[test]
     fn whole_option_strings() {
         let options: NetOptions =
-            "user,forward=127.0.0.1:2222:22,forward=udp:5353:53,mac=02:00:00:00:00:aF,host-loopback=off,dns=[::1]:5300"
+            "user,forward=127.0.0.1:2222:22,forward=udp:5353:53,mac=02:00:00:00:00:aF,subnet=10.9.8.0/24,host-loopback=on,lan=off,dns=[::1]:5300"
                 .parse()
                 .unwrap();
         assert_eq!(options.forwards, [forward("2222:22"), forward("udp:5353:53")]);
-        assert_eq!(options.mac, [2, 0, 0, 0, 0, 0xaf]);
-        assert!(!options.host_loopback);
+        assert_eq!(options.mac, Some([2, 0, 0, 0, 0, 0xaf]));
+        assert_eq!(options.subnet().to_string(), "10.9.8.0/24");
+        assert!(options.host_loopback && !options.lan);
         assert_eq!(options.dns, Some("[::1]:5300".parse().unwrap()));
-        assert_eq!("user".parse(), Ok(NetOptions::default()));
+        let default = "user".parse::<NetOptions>().unwrap();
+        assert!(default == NetOptions::default() && !default.host_loopback && default.lan);
         let dns = "user,dns=9.9.9.9".parse::<NetOptions>().unwrap().dns;
         assert_eq!(dns, Some("9.9.9.9:53".parse().unwrap()));
     }
@@ -287,6 +312,10 @@ mod tests {
             ("user,mac=52:54:00:12:34", "not a unicast MAC"),
             ("user,mac=52:54:00:12:34:+6", "not a unicast MAC"),
             ("user,host-loopback=maybe", "use on or off"),
+            ("user,lan=", "lan=: use on or off"),
+            ("user,subnet=10.0.2.15/24", "not a network of 256 addresses"),
+            ("user,subnet=127.0.0.0/24", "not a network of 256 addresses"),
+            ("user,lan", "option 'lan' is not known"),
             ("user,dns=example", "not ADDRESS"),
         ] {
             let error = text.parse::<NetOptions>().unwrap_err().to_string();

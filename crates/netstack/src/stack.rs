@@ -1,12 +1,16 @@
-use crate::address::{self, BROADCAST_MAC, DNS, GATEWAY, GUEST, ROUTER_MAC};
-use crate::datagram::{self, Cx, Datagrams};
+use crate::address::{BROADCAST_MAC, Class, Subnet};
+use crate::datagram::{self, Cx, Datagram, Datagrams};
 use crate::dhcp;
+use crate::dns::DnsRelay;
+use crate::flow::Syn;
 use crate::fragment::Reassembler;
 use crate::frame::{ETHERNET_HEADER, ETHERTYPE_ARP, ETHERTYPE_IPV4, Frame, UDP_PAYLOAD, checksum_is_right};
-use crate::guest::{Guest, Unreachable};
+use crate::guest::{Guest, Quote, Unreachable};
+use crate::host_net::{self, HostNetworks};
 use crate::options::{Forward, NetOptions, Protocol};
 use crate::resolver::Resolver;
 use crate::tcp::{self, TcpFlows};
+use crate::window::Segment;
 use mio::net::TcpListener;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
@@ -15,7 +19,7 @@ use smoltcp::wire::{
     ArpOperation, ArpPacket, ArpRepr, EthernetAddress, IpProtocol, Ipv4Packet, TcpPacket, UdpPacket,
 };
 use std::io::{self, ErrorKind};
-use std::net::{SocketAddr, SocketAddrV4};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -58,6 +62,7 @@ pub(crate) enum Source {
     UdpForward(usize),
     Tcp(usize),
     Datagram(usize),
+    Dns(usize),
 }
 
 /// Tables and lists of sources are far smaller than this.
@@ -71,6 +76,7 @@ impl Source {
             Self::UdpForward(i) => (2, i),
             Self::Tcp(i) => (3, i),
             Self::Datagram(i) => (4, i),
+            Self::Dns(i) => (5, i),
         };
         Token(kind * SOURCES_OF_A_KIND + index)
     }
@@ -82,7 +88,8 @@ impl Source {
             1 => Self::TcpForward(index),
             2 => Self::UdpForward(index),
             3 => Self::Tcp(index),
-            _ => Self::Datagram(index),
+            4 => Self::Datagram(index),
+            _ => Self::Dns(index),
         }
     }
 }
@@ -108,10 +115,13 @@ pub struct Stack {
     forwards: Vec<Forward>,
     mac: [u8; 6],
     host_loopback: bool,
+    lan: bool,
+    host_networks: HostNetworks,
     resolver: Resolver,
     guest: Guest,
     tcp: TcpFlows,
     datagrams: Datagrams,
+    dns: DnsRelay,
     reassembler: Reassembler,
     /// The time of this round of work.
     now: Instant,
@@ -129,7 +139,7 @@ impl Stack {
     /// # Errors
     /// [`NetError`]; nothing is left listening then.
     pub fn new(options: &NetOptions) -> Result<Self, NetError> {
-        let mut guest = Guest::new(options.mac);
+        let mut guest = Guest::new(options.mac(), options.subnet());
         let now = guest.tick();
         let mut stack = Self {
             poll: Poll::new()?,
@@ -137,12 +147,15 @@ impl Stack {
             wakers: Vec::new(),
             listeners: Vec::new(),
             forwards: Vec::new(),
-            mac: options.mac,
+            mac: options.mac(),
             host_loopback: options.host_loopback,
-            resolver: Resolver::new(options.dns),
+            lan: options.lan,
+            host_networks: HostNetworks::default(),
+            resolver: Resolver::new(options.dns, now),
             guest,
             tcp: TcpFlows::new(),
             datagrams: Datagrams::new(),
+            dns: DnsRelay::new(),
             reassembler: Reassembler::default(),
             now,
         };
@@ -180,6 +193,11 @@ impl Stack {
         self.mac
     }
 
+    /// The virtual network's addresses.
+    pub fn subnet(&self) -> Subnet {
+        self.guest.subnet()
+    }
+
     /// Lets `event` end [`Stack::wait`] too, until [`Stack::reset`]. Taking its signal back is the caller's.
     ///
     /// # Errors
@@ -206,17 +224,25 @@ impl Stack {
             forwards: _,
             mac,
             host_loopback: _,
+            lan: _,
+            host_networks: _,
             resolver: _,
-            ..
+            guest,
+            tcp,
+            datagrams,
+            dns,
+            reassembler,
+            now: _,
         } = self;
         for event in wakers.drain(..) {
             // Fails only for a descriptor that is not registered.
             let _ = poll.registry().deregister(&mut SourceFd(&event.as_fd().as_raw_fd()));
         }
-        self.guest.reset(*mac);
-        self.tcp.reset();
-        self.datagrams.reset();
-        self.reassembler = Reassembler::default();
+        guest.reset(*mac);
+        tcp.reset();
+        datagrams.reset();
+        dns.reset();
+        *reassembler = Reassembler::default();
     }
 
     /// Waits until there is something to do: a socket is ready, a timer runs out, a waker was signalled or `timeout` is
@@ -229,7 +255,10 @@ impl Stack {
             (Some(a), Some(b)) => Some(a.min(b)),
             (a, b) => a.or(b),
         };
-        match self.poll.poll(&mut self.events, timeout) {
+        let result = self.poll.poll(&mut self.events, timeout);
+        // The wait may have been long, and what is pushed next must not look as old as the round before it.
+        self.now = self.guest.tick();
+        match result {
             Err(error) if error.kind() == ErrorKind::Interrupted => return Ok(()),
             other => other?,
         }
@@ -240,17 +269,19 @@ impl Stack {
                 Source::UdpForward(i) => self.datagrams.forward_ready(i),
                 Source::Tcp(id) => self.tcp.host_ready(id, event),
                 Source::Datagram(id) => self.datagrams.flow_ready(id),
+                Source::Dns(id) => self.dns.ready(id),
             }
         }
         Ok(())
     }
 
     fn time_to_next(&mut self) -> Option<Duration> {
-        if self.guest.outbox.has_room() && (self.tcp.has_runnable() || self.datagrams.has_runnable()) {
+        if self.has_work() {
             return Some(Duration::ZERO);
         }
         let now = self.guest.tick();
-        let sweep = self.datagrams.next_sweep().map(|t| t.saturating_duration_since(now));
+        let due = [self.datagrams.next_sweep(), self.dns.next_check()].into_iter().flatten().min();
+        let sweep = due.map(|t| t.saturating_duration_since(now));
         let timer = self.tcp.next_deadline().map(|t| {
             let micros = t.total_micros() - self.guest.now.total_micros();
             Duration::from_micros(u64::try_from(micros).unwrap_or(0))
@@ -266,13 +297,15 @@ impl Stack {
         self.now = self.guest.tick();
         self.accept();
         self.tcp.run(&mut self.guest);
-        let (datagrams, mut cx) = self.datagrams();
+        let (datagrams, dns, mut cx) = self.datagrams();
         datagrams.run(&mut cx);
+        dns.run(&mut cx);
     }
 
     /// Whether [`Stack::run`] has more to do right now.
     pub fn has_work(&self) -> bool {
-        self.guest.outbox.has_room() && (self.tcp.has_runnable() || self.datagrams.has_runnable())
+        let runnable = self.tcp.has_runnable() || self.datagrams.has_runnable() || self.dns.has_runnable();
+        runnable && self.guest.outbox.has_room()
     }
 
     /// The oldest frame that waits for the guest.
@@ -293,7 +326,7 @@ impl Stack {
         }
         let (header, payload) = frame.split_at(ETHERNET_HEADER);
         let (to, from) = (&header[..6], &header[6..12]);
-        if (to != ROUTER_MAC && to != BROADCAST_MAC) || from[0] & 1 != 0 {
+        if (to != self.subnet().router_mac() && to != BROADCAST_MAC) || from[0] & 1 != 0 {
             return;
         }
         self.guest.outbox.guest_mac.copy_from_slice(from);
@@ -315,12 +348,15 @@ impl Stack {
         else {
             return;
         };
-        if operation != ArpOperation::Request || ![GATEWAY, DNS].contains(&target_protocol_addr) {
+        let subnet = self.subnet();
+        if operation != ArpOperation::Request
+            || ![subnet.gateway(), subnet.dns()].contains(&target_protocol_addr)
+        {
             return;
         }
         let reply = ArpRepr::EthernetIpv4 {
             operation: ArpOperation::Reply,
-            source_hardware_addr: EthernetAddress(ROUTER_MAC),
+            source_hardware_addr: EthernetAddress(subnet.router_mac()),
             source_protocol_addr: target_protocol_addr,
             target_hardware_addr: source_hardware_addr,
             target_protocol_addr: source_protocol_addr,
@@ -337,8 +373,9 @@ impl Stack {
             return;
         }
         let dhcp = packet.src_addr().is_unspecified() && packet.next_header() == IpProtocol::Udp;
-        if packet.src_addr() != GUEST && !dhcp {
-            warn_limited!("guest sent from {}; only {GUEST} is served", packet.src_addr());
+        let guest = self.subnet().guest();
+        if packet.src_addr() != guest && !dhcp {
+            warn_limited!("guest sent from {}; only {guest} is served", packet.src_addr());
             return;
         }
         if packet.more_frags() || packet.frag_offset() != 0 {
@@ -362,100 +399,156 @@ impl Stack {
         if complete && !checksum_is_right(bytes, header, protocol) {
             return;
         }
+        let from_guest = packet.src_addr() == self.subnet().guest();
         match protocol {
-            IpProtocol::Tcp if packet.src_addr() == GUEST => self.push_tcp(packet, bytes),
+            IpProtocol::Tcp if from_guest => self.push_tcp(packet, bytes),
             IpProtocol::Udp => self.push_udp(packet, bytes),
-            IpProtocol::Icmp => self.push_icmp(packet),
+            IpProtocol::Icmp if from_guest => self.push_icmp(packet, bytes),
             _ => {}
         }
     }
 
     fn push_tcp(&mut self, packet: &Ipv4Packet<&[u8]>, bytes: &[u8]) {
-        let Ok(segment) = TcpPacket::new_checked(packet.payload()) else { return };
-        if segment.src_port() == 0 || segment.dst_port() == 0 {
+        let Ok(tcp) = TcpPacket::new_checked(packet.payload()) else { return };
+        if tcp.src_port() == 0 || tcp.dst_port() == 0 {
             return;
         }
-        let remote = SocketAddrV4::new(packet.dst_addr(), segment.dst_port());
-        let key = tcp::Key { guest_port: segment.src_port(), remote };
-        if self.tcp.receive(key, bytes, segment.rst(), &mut self.guest) {
+        let remote = SocketAddrV4::new(packet.dst_addr(), tcp.dst_port());
+        let key = tcp::Key { guest_port: tcp.src_port(), remote };
+        let segment = Segment::of(&tcp);
+        if self.tcp.receive(key, bytes, segment, &mut self.guest) {
             return;
         }
-        if !segment.syn() || segment.ack() || segment.rst() || segment.fin() {
+        if !tcp.syn() || tcp.ack() || tcp.rst() || tcp.fin() {
             return tcp::reject(bytes, &mut self.guest);
         }
-        if self.tcp.is_full() {
+        if !self.tcp.has_room(&self.guest) {
             warn_limited!(
-                "{} connections are open: the guest's connection to {remote} is refused",
+                "{} connections are open and in use: the guest's connection to {remote} is refused",
                 tcp::MAX_FLOWS
             );
             return tcp::reject(bytes, &mut self.guest);
         }
         match self.host_address(remote) {
-            Some(host) => self.tcp.connect(key, bytes, host, &mut self.guest, self.poll.registry()),
-            None => tcp::reject(bytes, &mut self.guest),
+            Ok(host) => {
+                let syn = Syn { packet: bytes.to_vec(), segment };
+                self.tcp.connect(key, syn, host, &mut self.guest, self.poll.registry());
+            }
+            Err(_) => tcp::reject(bytes, &mut self.guest),
         }
     }
 
     fn push_udp(&mut self, packet: &Ipv4Packet<&[u8]>, bytes: &[u8]) {
-        let Ok(datagram) = UdpPacket::new_checked(packet.payload()) else { return };
-        let (from, to) = (datagram.src_port(), datagram.dst_port());
-        let broadcast = packet.dst_addr().is_broadcast();
-        if to == DHCP_SERVER && from == DHCP_CLIENT && (broadcast || packet.dst_addr() == GATEWAY) {
-            return self.push_dhcp(datagram.payload());
+        let Ok(udp) = UdpPacket::new_checked(packet.payload()) else { return };
+        let (from, to, subnet) = (udp.src_port(), udp.dst_port(), self.subnet());
+        let remote = SocketAddrV4::new(packet.dst_addr(), to);
+        let broadcast = remote.ip().is_broadcast();
+        if to == DHCP_SERVER && from == DHCP_CLIENT && (broadcast || *remote.ip() == subnet.gateway()) {
+            return self.push_dhcp(udp.payload());
         }
-        if packet.src_addr() != GUEST || broadcast || packet.dst_addr().is_multicast() || from == 0 || to == 0
-        {
+        let group = broadcast || remote.ip().is_multicast();
+        if packet.src_addr() != subnet.guest() || group || from == 0 || to == 0 {
             return;
         }
-        let remote = SocketAddrV4::new(packet.dst_addr(), to);
+        if remote == SocketAddrV4::new(subnet.dns(), DNS_PORT) {
+            let (_, dns, mut cx) = self.datagrams();
+            return dns.send(from, udp.payload(), &mut cx);
+        }
         let key = datagram::Key::Udp(from, remote);
-        // A peer of a forward is answered even where its address leads nowhere by itself.
-        let Some(host) =
-            self.host_address(remote).or_else(|| self.datagrams.contains(key).then_some(remote.into()))
-        else {
-            return self.guest.send_unreachable(bytes, GATEWAY, Unreachable::Port);
+        self.push_datagram(&Datagram::new(key, udp.payload(), packet, bytes), remote);
+    }
+
+    /// Sends a datagram or ping on to `remote`, or tells the guest why not.
+    fn push_datagram(&mut self, datagram: &Datagram<'_>, remote: SocketAddrV4) {
+        // A flow that stands was allowed when it began; a forward's peer is answered even where the guest could not begin.
+        let host = if self.datagrams.contains(datagram.key) {
+            remote.into()
+        } else {
+            match self.host_address(remote) {
+                Ok(host) => host,
+                Err(reason) => {
+                    let from = self.subnet().gateway();
+                    return self.guest.send_unreachable(&Quote::of(datagram.packet), from, reason);
+                }
+            }
         };
-        let (datagrams, mut cx) = self.datagrams();
-        datagrams.send(key, datagram.payload(), bytes, host, &mut cx);
+        let (datagrams, _, mut cx) = self.datagrams();
+        datagrams.send(datagram, host, &mut cx);
     }
 
     fn push_dhcp(&mut self, message: &[u8]) {
+        let subnet = self.subnet();
         let mut buffer = self.guest.outbox.buffer();
-        let Some(reply) = dhcp::answer(message, &mut buffer[UDP_PAYLOAD..]) else {
+        let Some(reply) = dhcp::answer(message, subnet, &mut buffer[UDP_PAYLOAD..]) else {
             return self.guest.outbox.recycle(buffer);
         };
-        self.guest.outbox.push_udp(buffer, reply.len, (GATEWAY, DHCP_SERVER), (reply.to, DHCP_CLIENT));
+        let from = (subnet.gateway(), DHCP_SERVER);
+        self.guest.outbox.push_udp(buffer, reply.len, from, (reply.to, DHCP_CLIENT));
     }
 
-    fn push_icmp(&mut self, packet: &Ipv4Packet<&[u8]>) {
-        let (message, to) = (packet.payload(), packet.dst_addr());
+    fn push_icmp(&mut self, packet: &Ipv4Packet<&[u8]>, bytes: &[u8]) {
+        let (message, to, subnet) = (packet.payload(), packet.dst_addr(), self.subnet());
         let Some(ident) = datagram::echo_request_ident(message) else { return };
-        if to == GATEWAY || to == DNS {
+        if to == subnet.gateway() || to == subnet.dns() {
             return datagram::answer_echo(message, to, &mut self.guest);
         }
-        if address::is_routable(to) {
-            let (datagrams, mut cx) = self.datagrams();
-            datagrams.send(datagram::Key::Ping(ident, to), message, message, (to, 0).into(), &mut cx);
+        if to.is_broadcast() || to.is_multicast() {
+            return;
+        }
+        let key = datagram::Key::Ping(ident, to);
+        self.push_datagram(&Datagram::new(key, message, packet, bytes), SocketAddrV4::new(to, 0));
+    }
+
+    /// Where a new connection or datagram of the guest to `remote` really goes, or why nowhere.
+    fn host_address(&mut self, remote: SocketAddrV4) -> Result<SocketAddr, Unreachable> {
+        let (ip, port, subnet) = (*remote.ip(), remote.port(), self.subnet());
+        if ip == subnet.gateway() {
+            if self.host_loopback {
+                return Ok((Ipv4Addr::LOCALHOST, port).into());
+            }
+            warn_limited!(
+                "the guest asks for port {port} of the host's loopback interface: --net user,host-loopback=on allows that"
+            );
+            return Err(Unreachable::Port);
+        }
+        if ip == subnet.dns() {
+            let server = if port == DNS_PORT { self.resolver.next(&[], self.now) } else { None };
+            return server.ok_or(Unreachable::Port);
+        }
+        if subnet.contains(ip) {
+            return Err(Unreachable::Host);
+        }
+        match self.forbidden(ip) {
+            None => Ok(remote.into()),
+            Some(why) => {
+                warn_limited!("the guest asks for {ip}, {why}: refused");
+                Err(Unreachable::Prohibited)
+            }
         }
     }
 
-    /// Where a connection or datagram of the guest to `remote` really goes; `None` if nowhere.
-    fn host_address(&mut self, remote: SocketAddrV4) -> Option<SocketAddr> {
-        let ip = *remote.ip();
-        if ip == DNS {
-            (remote.port() == DNS_PORT).then(|| self.resolver.address(self.now))
-        } else if ip == GATEWAY {
-            self.host_loopback.then_some(([127, 0, 0, 1], remote.port()).into())
-        } else {
-            address::is_routable(ip).then_some(remote.into())
+    /// Why the guest may not reach `ip`, if it may not.
+    fn forbidden(&mut self, ip: Ipv4Addr) -> Option<&'static str> {
+        match Class::of(ip) {
+            Class::NotUnicast => return Some("which is no address of a host"),
+            Class::Loopback => return Some("which is the host's loopback interface"),
+            Class::LinkLocal => return Some("which is link-local or a metadata service"),
+            Class::Lan if !self.lan => return Some("which is private, with lan=off"),
+            Class::Lan | Class::Internet => {}
         }
+        // Where there is no route the attempt itself says so.
+        if host_net::is_own_address(ip).unwrap_or(false) {
+            return Some("which is the host's own address");
+        }
+        (!self.lan && self.host_networks.contain(ip, self.now))
+            .then_some("which is on a network of the host, with lan=off")
     }
 
     /// Takes connections that wait at the forwards.
     fn accept(&mut self) {
-        let registry = self.poll.registry();
+        let (registry, subnet) = (self.poll.registry(), self.guest.subnet());
         for forward in &mut self.listeners {
-            while forward.ready && !self.tcp.is_full() && self.guest.outbox.has_room() {
+            while forward.ready && self.tcp.has_room(&self.guest) && self.guest.outbox.has_room() {
                 let (stream, peer) = match forward.listener.accept() {
                     Ok(accepted) => accepted,
                     Err(error) => {
@@ -464,7 +557,10 @@ impl Stack {
                         break;
                     }
                 };
-                let key = tcp::Key { guest_port: forward.guest_port, remote: datagram::as_guest_sees(peer) };
+                let key = tcp::Key {
+                    guest_port: forward.guest_port,
+                    remote: datagram::as_guest_sees(peer, subnet),
+                };
                 if let Err(error) = self.tcp.accept(stream, key, &mut self.guest, registry) {
                     warn_limited!("connection from {peer} to guest port {}: {error}", forward.guest_port);
                 }
@@ -472,13 +568,13 @@ impl Stack {
         }
     }
 
-    fn datagrams(&mut self) -> (&mut Datagrams, Cx<'_>) {
+    fn datagrams(&mut self) -> (&mut Datagrams, &mut DnsRelay, Cx<'_>) {
         let cx = Cx {
             guest: &mut self.guest,
             registry: self.poll.registry(),
             now: self.now,
             resolver: &mut self.resolver,
         };
-        (&mut self.datagrams, cx)
+        (&mut self.datagrams, &mut self.dns, cx)
     }
 }

@@ -1,27 +1,32 @@
-use crate::address::GUEST;
-use crate::guest::{Guest, Unreachable};
+use crate::flow::{Flow, Next, Open, Phase, Syn};
+use crate::guest::{Guest, Quote, Unreachable};
 use crate::stack::Source;
+use crate::window::{BUFFER_SIZES, Segment};
 use mio::net::TcpStream;
 use mio::{Interest, Registry};
 use outboard_bus::warn_limited;
 use slab::Slab;
-use smoltcp::iface::{SocketHandle, SocketSet};
-use smoltcp::socket::tcp::{RecvError, SendError, Socket, SocketBuffer, State};
+use smoltcp::iface::SocketSet;
 use smoltcp::time::{Duration, Instant};
+use socket2::{SockRef, TcpKeepalive};
 use std::collections::{BTreeSet, HashMap, VecDeque};
-use std::io::{self, ErrorKind, Read, Write};
-use std::net::{Shutdown, SocketAddr, SocketAddrV4};
+use std::io::{self, ErrorKind};
+use std::net::{SocketAddr, SocketAddrV4};
 
-/// Connections at a time; further ones are refused.
+/// Connections at a time. Further ones take the place of those that one side has closed or nobody uses; without such they
+/// are refused.
 pub(crate) const MAX_FLOWS: usize = 1024;
-/// Socket buffers, each of two for each flow: as large as this while few flows are open, …
-const MAX_BUFFER: usize = 512 << 10;
-/// … and never smaller than this.
-const MIN_BUFFER: usize = 32 << 10;
 /// What all buffers together may take before flows get the least: 1,024 flows stay below 128 MiB.
 const BUFFER_BUDGET: usize = 64 << 20;
-/// How long the guest may take for its part of the handshake.
-const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a connection may be silent: one that stands, and one that is half closed (RFC 5382, REQ-5).
+const ESTABLISHED_IDLE: Duration = Duration::from_secs(2 * 60 * 60 + 4 * 60);
+const TRANSITORY_IDLE: Duration = Duration::from_secs(4 * 60);
+/// How often such are looked for.
+const SWEEP: Duration = Duration::from_secs(30);
+/// When the host asks a silent peer if it is still there, and how often after that: the guest's own questions are answered
+/// here and never reach it.
+const KEEPALIVE: std::time::Duration = std::time::Duration::from_secs(10 * 60);
+const KEEPALIVE_INTERVAL: std::time::Duration = std::time::Duration::from_secs(60);
 /// First of the ports that a forwarded connection seems to come from (RFC 6335, section 6).
 const FIRST_EPHEMERAL: u16 = 49152;
 
@@ -43,48 +48,8 @@ pub(crate) struct TcpFlows {
     /// Bytes of all flows' buffers.
     buffered: usize,
     next_port: u16,
-}
-
-struct Flow {
-    key: Key,
-    host: TcpStream,
-    phase: Phase,
-    queued: bool,
-    deadline: Option<Instant>,
-    readable: bool,
-    writable: bool,
-    /// The host's end sends no more: a short read does not mean that there is nothing to come.
-    host_closing: bool,
-}
-
-enum Phase {
-    /// Waiting for the host's side; holds the guest's SYN packet.
-    Connecting(Vec<u8>),
-    Open(Open),
-}
-
-struct Open {
-    sockets: SocketSet<'static>,
-    handle: SocketHandle,
-    buffers: usize,
-    established: bool,
-    /// The host's end of stream was passed on to the guest.
-    guest_told: bool,
-    /// The guest's end of stream was passed on to the host.
-    host_told: bool,
-}
-
-/// What becomes of a flow after some work.
-#[derive(Debug, PartialEq, Eq)]
-enum Next {
-    /// Nothing to do until something happens.
-    Wait,
-    /// More to send when the guest has taken frames.
-    Blocked,
-    /// Both directions ended in order.
-    Finished,
-    /// One side broke the connection; the other one has to learn that.
-    Broken,
+    /// When silent flows are looked for.
+    next_sweep: Option<Instant>,
 }
 
 impl TcpFlows {
@@ -96,6 +61,7 @@ impl TcpFlows {
             deadlines: BTreeSet::new(),
             buffered: 0,
             next_port: FIRST_EPHEMERAL,
+            next_sweep: None,
         }
     }
 
@@ -107,8 +73,33 @@ impl TcpFlows {
         *self = Self::new();
     }
 
-    pub(crate) fn is_full(&self) -> bool {
-        self.flows.len() >= MAX_FLOWS
+    /// Whether one more connection can be taken, if need be in the place of another.
+    pub(crate) fn has_room(&self, guest: &Guest) -> bool {
+        self.flows.len() < MAX_FLOWS || self.least_useful(guest.now).is_some()
+    }
+
+    /// The flow that gives way first: of the half-closed ones the one that was silent longest, otherwise the same of those
+    /// that have been silent for some time.
+    fn least_useful(&self, now: Instant) -> Option<usize> {
+        let gives_way = |flow: &Flow| flow.is_half_closed() || now - flow.last_active >= TRANSITORY_IDLE;
+        let candidates = self.flows.iter().filter(|(_, flow)| gives_way(flow));
+        candidates.min_by_key(|(_, flow)| (!flow.is_half_closed(), flow.last_active)).map(|(id, _)| id)
+    }
+
+    /// Breaks a flow to make room for another where the table is full.
+    fn make_room(&mut self, guest: &mut Guest) {
+        if self.flows.len() < MAX_FLOWS {
+            return;
+        }
+        let Some(id) = self.least_useful(guest.now) else { return };
+        warn_limited!("{MAX_FLOWS} connections are open: the one to {} gives way", self.flows[id].key.remote);
+        if self.flows[id].guest_has_ended() {
+            // The guest has said all it had to say, and most forget such a connection after a minute. Whatever it sends
+            // after all is answered with RST.
+            self.remove(id, true);
+        } else {
+            self.break_flow(id, guest);
+        }
     }
 
     pub(crate) fn has_runnable(&self) -> bool {
@@ -116,37 +107,44 @@ impl TcpFlows {
     }
 
     pub(crate) fn next_deadline(&self) -> Option<Instant> {
-        self.deadlines.first().map(|d| d.0)
+        let timer = self.deadlines.first().map(|d| d.0);
+        match (timer, self.next_sweep) {
+            (Some(timer), Some(sweep)) => Some(timer.min(sweep)),
+            (timer, sweep) => timer.or(sweep),
+        }
     }
 
     /// Takes a TCP segment of a known connection from the guest; `false` if it belongs to none.
-    pub(crate) fn receive(&mut self, key: Key, packet: &[u8], reset: bool, guest: &mut Guest) -> bool {
+    pub(crate) fn receive(&mut self, key: Key, packet: &[u8], segment: Segment, guest: &mut Guest) -> bool {
         let Some(&id) = self.by_key.get(&key) else { return false };
+        self.flows[id].last_active = guest.now;
         match &mut self.flows[id].phase {
-            Phase::Connecting(_) if reset => self.remove(id, false),
+            Phase::Connecting(_) if segment.rst => self.remove(id, false),
             // A repeated SYN: the answer comes when the host has answered.
             Phase::Connecting(_) => {}
             Phase::Open(open) => {
-                guest.receive(packet, &mut open.sockets);
+                open.receive(packet, segment, guest);
                 self.enqueue(id);
             }
         }
         true
     }
 
-    /// Starts a connection to `host` for the guest's SYN `packet`.
+    /// Starts a connection to `host` for the guest's `syn`.
     pub(crate) fn connect(
         &mut self,
         key: Key,
-        packet: &[u8],
+        syn: Syn,
         host: SocketAddr,
         guest: &mut Guest,
         registry: &Registry,
     ) {
-        let connected = TcpStream::connect(host).and_then(|stream| self.insert(key, stream, registry));
+        self.make_room(guest);
+        let connected =
+            TcpStream::connect(host).and_then(|stream| self.insert(key, stream, guest.now, registry));
         match connected {
-            Ok(id) => self.flows[id].phase = Phase::Connecting(packet.to_vec()),
-            Err(error) => refuse(packet, &error, key, guest),
+            Ok(id) => self.flows[id].phase = Phase::Connecting(syn),
+            Err(error) => refuse(&syn.packet, &error, key, guest),
         }
     }
 
@@ -159,14 +157,15 @@ impl TcpFlows {
         guest: &mut Guest,
         registry: &Registry,
     ) -> io::Result<()> {
+        self.make_room(guest);
         key.remote.set_port(self.free_port(key));
-        let mut open = self.open_buffers();
-        let socket = open.sockets.get_mut::<Socket>(open.handle);
-        socket
-            .connect(guest.context(), (GUEST, key.guest_port), key.remote)
+        let address = guest.subnet().guest();
+        let mut open = Open::new(buffer_size(self.buffered));
+        open.socket()
+            .connect(guest.context(), (address, key.guest_port), key.remote)
             .map_err(|e| io::Error::other(format!("cannot start a connection to the guest: {e}")))?;
         self.buffered += open.buffers;
-        match self.insert(key, stream, registry) {
+        match self.insert(key, stream, guest.now, registry) {
             Ok(id) => {
                 self.flows[id].phase = Phase::Open(open);
                 self.enqueue(id);
@@ -191,6 +190,9 @@ impl TcpFlows {
 
     /// Moves data until nothing more can move; `true` if that is because the guest does not take its frames.
     pub(crate) fn run(&mut self, guest: &mut Guest) {
+        if self.next_sweep.is_some_and(|time| time <= guest.now) {
+            self.sweep(guest);
+        }
         while let Some(&(deadline, id)) = self.deadlines.first() {
             if deadline > guest.now {
                 break;
@@ -217,13 +219,7 @@ impl TcpFlows {
         let next = flow.pump(guest);
         match next {
             Next::Finished => self.remove(id, false),
-            Next::Broken => {
-                if let Phase::Open(open) = &mut self.flows[id].phase {
-                    open.sockets.get_mut::<Socket>(open.handle).abort();
-                    guest.send(&mut open.sockets);
-                }
-                self.remove(id, true);
-            }
+            Next::Broken => self.break_flow(id, guest),
             Next::Blocked => self.enqueue(id),
             Next::Wait => {
                 let Flow { phase: Phase::Open(open), deadline, .. } = &mut self.flows[id] else { return };
@@ -260,31 +256,62 @@ impl TcpFlows {
             Some(error) => {
                 let (key, syn) = (flow.key, std::mem::take(syn));
                 self.remove(id, false);
-                refuse(&syn, &error, key, guest);
+                refuse(&syn.packet, &error, key, guest);
                 return;
             }
             None => (flow.key, std::mem::take(syn)),
         };
-        let mut open = self.open_buffers();
-        let socket = open.sockets.get_mut::<Socket>(open.handle);
+        let mut open = Open::new(buffer_size(self.buffered));
         // Fails for port 0 only; the SYN then meets no socket and is answered with RST.
-        let _ = socket.listen(key.remote);
-        guest.receive(&syn, &mut open.sockets);
+        let _ = open.socket().listen(key.remote);
+        open.receive(&syn.packet, syn.segment, guest);
         self.buffered += open.buffers;
         self.flows[id].phase = Phase::Open(open);
         self.enqueue(id);
     }
 
-    fn insert(&mut self, key: Key, mut host: TcpStream, registry: &Registry) -> io::Result<usize> {
+    /// Ends a flow so that both sides see a broken connection.
+    fn break_flow(&mut self, id: usize, guest: &mut Guest) {
+        if let Phase::Open(open) = &mut self.flows[id].phase {
+            open.socket().abort();
+            guest.send(&mut open.sockets);
+        }
+        self.remove(id, true);
+    }
+
+    /// Ends what was silent for too long.
+    fn sweep(&mut self, guest: &mut Guest) {
+        let over = |flow: &Flow| {
+            let limit = if flow.is_half_closed() { TRANSITORY_IDLE } else { ESTABLISHED_IDLE };
+            guest.now - flow.last_active >= limit
+        };
+        let ids: Vec<usize> = self.flows.iter().filter(|(_, flow)| over(flow)).map(|(id, _)| id).collect();
+        for id in ids {
+            self.break_flow(id, guest);
+        }
+        self.next_sweep = (!self.flows.is_empty()).then_some(guest.now + SWEEP);
+    }
+
+    fn insert(
+        &mut self,
+        key: Key,
+        mut host: TcpStream,
+        now: Instant,
+        registry: &Registry,
+    ) -> io::Result<usize> {
         // Small writes must not wait for the peer's acknowledgement: the guest has decided already what to send when.
         let _ = host.set_nodelay(true);
+        let keepalive = TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE_INTERVAL);
+        // Without it a peer that vanished is noticed only when the connection has been silent for too long.
+        let _ = SockRef::from(&host).set_tcp_keepalive(&keepalive);
         let entry = self.flows.vacant_entry();
         let id = entry.key();
         registry.register(&mut host, Source::Tcp(id).token(), Interest::READABLE | Interest::WRITABLE)?;
         entry.insert(Flow {
             key,
             host,
-            phase: Phase::Connecting(Vec::new()),
+            phase: Phase::Connecting(Syn::default()),
+            last_active: now,
             queued: false,
             deadline: None,
             readable: false,
@@ -292,6 +319,7 @@ impl TcpFlows {
             host_closing: false,
         });
         self.by_key.insert(key, id);
+        self.next_sweep.get_or_insert(now + SWEEP);
         Ok(id)
     }
 
@@ -331,40 +359,30 @@ impl TcpFlows {
             }
         }
     }
-
-    /// A socket with buffers that get smaller as flows get many. Their pages take memory only once used.
-    fn open_buffers(&self) -> Open {
-        let size = buffer_size(self.buffered);
-        let buffer = || SocketBuffer::new(vec![0; size]);
-        let mut socket = Socket::new(buffer(), buffer());
-        socket.set_nagle_enabled(false);
-        socket.set_timeout(Some(HANDSHAKE_TIMEOUT));
-        let mut sockets = SocketSet::new(Vec::with_capacity(1));
-        let handle = sockets.add(socket);
-        Open { sockets, handle, buffers: 2 * size, established: false, guest_told: false, host_told: false }
-    }
 }
 
-/// Size of each of a new flow's two buffers, given the bytes of all others.
+/// Size of each of a new flow's two buffers, given the bytes of all others: they get smaller as flows get many.
 fn buffer_size(buffered: usize) -> usize {
-    (BUFFER_BUDGET.saturating_sub(buffered) / 32).clamp(MIN_BUFFER, MAX_BUFFER)
+    let share = BUFFER_BUDGET.saturating_sub(buffered) / 32;
+    let fits = BUFFER_SIZES.into_iter().find(|size| *size <= share);
+    fits.unwrap_or(BUFFER_SIZES[BUFFER_SIZES.len() - 1])
 }
 
 /// Makes the host's peer see a broken connection instead of an orderly end.
 fn abort_host(host: &TcpStream) {
     // Without it the peer sees an end of stream, which is all that is lost if the system refuses.
-    let _ = socket2::SockRef::from(host).set_linger(Some(std::time::Duration::ZERO));
+    let _ = SockRef::from(host).set_linger(Some(std::time::Duration::ZERO));
 }
 
 /// Passes a failed connection attempt on to the guest.
 fn refuse(syn: &[u8], error: &io::Error, key: Key, guest: &mut Guest) {
-    match error.kind() {
+    match (error.kind(), Unreachable::from_error(error)) {
         // The guest repeats its SYN until it gives up, as it would on a real network.
-        ErrorKind::TimedOut => {}
-        ErrorKind::HostUnreachable | ErrorKind::NetworkUnreachable | ErrorKind::NetworkDown => {
-            guest.send_unreachable(syn, *key.remote.ip(), Unreachable::Host);
+        (ErrorKind::TimedOut, _) => {}
+        (_, Some(reason @ (Unreachable::Host | Unreachable::Network))) => {
+            guest.send_unreachable(&Quote::of(syn), guest.subnet().gateway(), reason);
         }
-        ErrorKind::ConnectionRefused | ErrorKind::ConnectionReset => reject(syn, guest),
+        (ErrorKind::ConnectionRefused | ErrorKind::ConnectionReset, _) => reject(syn, guest),
         _ => {
             warn_limited!("no connection to {} for the guest: {error}", key.remote);
             reject(syn, guest);
@@ -375,130 +393,6 @@ fn refuse(syn: &[u8], error: &io::Error, key: Key, guest: &mut Guest) {
 /// Answers a TCP segment with RST, unless it is one itself.
 pub(crate) fn reject(packet: &[u8], guest: &mut Guest) {
     guest.receive(packet, &mut SocketSet::new(Vec::new()));
-}
-
-impl Flow {
-    /// Moves data in both directions until nothing more can move.
-    fn pump(&mut self, guest: &mut Guest) -> Next {
-        loop {
-            let Ok(to_host) = self.move_to_host() else { return Next::Broken };
-            let Ok(to_guest) = self.move_to_guest() else { return Next::Broken };
-            let Phase::Open(open) = &mut self.phase else { return Next::Wait };
-            if !guest.send(&mut open.sockets) {
-                return Next::Blocked;
-            }
-            if !(to_host || to_guest) {
-                return open.next();
-            }
-        }
-    }
-
-    /// Guest to host, straight out of the receive buffer; `true` if anything moved.
-    fn move_to_host(&mut self) -> io::Result<bool> {
-        let Phase::Open(open) = &mut self.phase else { return Ok(false) };
-        let socket = open.sockets.get_mut::<Socket>(open.handle);
-        let mut moved = false;
-        while self.writable && socket.can_recv() {
-            let (writable, host) = (&mut self.writable, &mut self.host);
-            let written = socket.recv(|data| match no_block(host.write(data)) {
-                Ok(n) => {
-                    // A short write filled the host's buffer; an event comes when there is room.
-                    *writable = n == data.len();
-                    (n, Ok(n))
-                }
-                Err(error) => (0, Err(error)),
-            });
-            match written {
-                Ok(result) => moved |= result? > 0,
-                Err(RecvError::Finished | RecvError::InvalidState) => break,
-            }
-        }
-        let ended =
-            matches!(socket.state(), State::CloseWait | State::LastAck | State::Closing | State::TimeWait);
-        if ended && !open.host_told && socket.recv_queue() == 0 {
-            open.host_told = true;
-            // Fails only if the peer broke the connection, which the next read or write tells.
-            let _ = self.host.shutdown(Shutdown::Write);
-            moved = true;
-        }
-        Ok(moved)
-    }
-
-    /// Host to guest, straight into the send buffer; `true` if anything moved.
-    fn move_to_guest(&mut self) -> io::Result<bool> {
-        let Phase::Open(open) = &mut self.phase else { return Ok(false) };
-        let socket = open.sockets.get_mut::<Socket>(open.handle);
-        let mut moved = false;
-        while self.readable && !open.guest_told && socket.can_send() {
-            let (readable, closing, host) = (&mut self.readable, self.host_closing, &mut self.host);
-            let mut ended = false;
-            let read = socket.send(|room| {
-                let full = room.len();
-                match no_block_eof(host.read(room)) {
-                    Ok(Some(0)) => {
-                        ended = true;
-                        (0, Ok(0))
-                    }
-                    // A short read emptied the host's buffer; an event comes when there is more.
-                    Ok(n) => {
-                        let n = n.unwrap_or(0);
-                        *readable = n == full || (closing && n > 0);
-                        (n, Ok(n))
-                    }
-                    Err(error) => (0, Err(error)),
-                }
-            });
-            match read {
-                Ok(result) => moved |= result? > 0,
-                Err(SendError::InvalidState) => break,
-            }
-            if ended {
-                socket.close();
-                // Nothing follows that an acknowledgement could ride on.
-                socket.set_ack_delay(None);
-                open.guest_told = true;
-                moved = true;
-            }
-        }
-        Ok(moved)
-    }
-}
-
-impl Open {
-    /// What the state of the guest's connection means for the flow, once all that could be sent is sent.
-    fn next(&mut self) -> Next {
-        let socket = self.sockets.get_mut::<Socket>(self.handle);
-        let handshake = matches!(socket.state(), State::SynSent | State::SynReceived);
-        if !self.established && !handshake {
-            self.established = true;
-            // From now on a guest may be silent for as long as it likes: it may be paused.
-            socket.set_timeout(None);
-        }
-        match socket.state() {
-            // The link loses nothing, so nobody has to linger for a repeated FIN.
-            State::TimeWait if self.host_told => Next::Finished,
-            State::Closed if self.host_told && self.guest_told => Next::Finished,
-            // LISTEN: the guest took its SYN back.
-            State::Closed | State::Listen => Next::Broken,
-            _ => Next::Wait,
-        }
-    }
-}
-
-/// A write that would block wrote nothing.
-fn no_block(result: io::Result<usize>) -> io::Result<usize> {
-    match result {
-        Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => Ok(0),
-        other => other,
-    }
-}
-
-/// `None` for a read that would block, which is not the same as the 0 of an end of stream.
-fn no_block_eof(result: io::Result<usize>) -> io::Result<Option<usize>> {
-    match result {
-        Err(e) if matches!(e.kind(), ErrorKind::WouldBlock) => Ok(None),
-        other => other.map(Some),
-    }
 }
 
 #[cfg(test)]
@@ -513,7 +407,7 @@ mod tests {
             sizes.push(buffer_size(buffered));
             buffered += 2 * sizes[sizes.len() - 1];
         }
-        assert_eq!((sizes[0], sizes[MAX_FLOWS - 1]), (MAX_BUFFER, MIN_BUFFER));
+        assert_eq!((sizes[0], sizes[MAX_FLOWS - 1]), (BUFFER_SIZES[0], BUFFER_SIZES[4]));
         assert!(sizes.is_sorted_by(|a, b| a >= b));
         assert!(buffered < 128 << 20, "{buffered}");
     }

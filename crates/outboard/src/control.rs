@@ -178,7 +178,7 @@ fn paragraph(status: &VmStatus) -> String {
         let _ = writeln!(text, "  disk {}{}", disk.path, if disk.read_only { " (read-only)" } else { "" });
     }
     for network in networks {
-        let _ = write!(text, "  network {}", network.mac);
+        let _ = write!(text, "  network {} on {}", network.mac, network.subnet);
         for forward in &network.forwards {
             let _ = write!(text, ", forward {forward}");
         }

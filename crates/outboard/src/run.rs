@@ -50,9 +50,11 @@ pub struct RunArgs {
 
     /// User-mode network, such as user,forward=127.0.0.1:2222:22; may be given several times.
     ///
-    /// user[,forward=[tcp:|udp:][HOSTADDR:]HOSTPORT:GUESTPORT]…[,mac=MAC][,host-loopback=on|off][,dns=ADDRESS].
-    /// The guest gets 10.0.2.15 by DHCP; 10.0.2.2 leads to the host's own services. Forwards listen on 127.0.0.1
-    /// unless told otherwise.
+    /// user[,forward=[tcp:|udp:][HOSTADDR:]HOSTPORT:GUESTPORT]…[,mac=MAC][,subnet=ADDRESS/24][,host-loopback=on|off][,lan=on|off]
+    /// [,dns=ADDRESS].
+    /// The guest gets an address by DHCP, 10.0.2.15 on the first card. With host-loopback=on the router, 10.0.2.2, leads to the
+    /// host's services on 127.0.0.1; with lan=off private networks cannot be reached. Forwards listen on 127.0.0.1 unless told
+    /// otherwise.
     #[arg(long = "net", value_name = "user,…")]
     nets: Vec<NetOptions>,
 

@@ -63,7 +63,9 @@ impl Net {
                 forward.guest_port
             );
         }
-        Ok(Self { name: name.to_owned(), mac: options.mac, worker: PairWorker::new(stack) })
+        let (mac, subnet) = (stack.mac(), stack.subnet());
+        tracing::info!("{name}: the guest is {} on {subnet}, the host {}", subnet.guest(), subnet.gateway());
+        Ok(Self { name: name.to_owned(), mac, worker: PairWorker::new(stack) })
     }
 }
 

@@ -9,8 +9,14 @@ use std::net::Ipv4Addr;
 pub const ROUTER_MAC: EthernetAddress = EthernetAddress([0x52, 0x55, 10, 0, 2, 2]);
 pub const GUEST_MAC: EthernetAddress = EthernetAddress([0x52, 0x54, 0, 0x12, 0x34, 0x56]);
 
-pub fn stack(options: &str) -> Stack {
-    Stack::new(&options.parse::<NetOptions>().unwrap()).unwrap()
+/// Options with the way to the host's loopback interface open, where the tests' servers are, unless `text` closes it.
+pub fn options(text: &str) -> NetOptions {
+    let options: NetOptions = text.parse().unwrap();
+    NetOptions { host_loopback: !text.contains("host-loopback=off"), ..options }
+}
+
+pub fn stack(text: &str) -> Stack {
+    Stack::new(&options(text)).unwrap()
 }
 
 pub fn ethernet(ethertype: EthernetProtocol, payload: &[u8]) -> Vec<u8> {

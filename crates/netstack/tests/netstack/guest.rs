@@ -1,6 +1,6 @@
 //! A guest in this process: a second smoltcp on the other end of the stack's link, against real sockets of the host.
 
-use outboard_netstack::{Checksum, NetOptions, Stack, address};
+use outboard_netstack::{Checksum, Stack};
 use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet};
 use smoltcp::phy::{Device, DeviceCapabilities, Medium, RxToken, TxToken};
 use smoltcp::socket::{tcp, udp};
@@ -65,15 +65,15 @@ pub struct Guest {
 }
 
 impl Guest {
-    pub fn new(options: &str) -> Self {
-        let options: NetOptions = options.parse().unwrap();
-        let stack = Stack::new(&options).unwrap();
+    pub fn new(text: &str) -> Self {
+        let stack = crate::frames::stack(text);
         let mut wire = Wire::default();
         let mut config = Config::new(HardwareAddress::Ethernet(EthernetAddress(stack.mac())));
         config.random_seed = 42;
         let mut interface = Interface::new(config, &mut wire, Instant::now());
-        interface.update_ip_addrs(|a| a.push(IpCidr::new(address::GUEST.into(), 24)).unwrap());
-        interface.routes_mut().add_default_ipv4_route(address::GATEWAY).unwrap();
+        let subnet = stack.subnet();
+        interface.update_ip_addrs(|a| a.push(IpCidr::new(subnet.guest().into(), 24)).unwrap());
+        interface.routes_mut().add_default_ipv4_route(subnet.gateway()).unwrap();
         Self { stack, interface, sockets: SocketSet::new(Vec::new()), wire, next_port: 1024 }
     }
 
@@ -132,7 +132,7 @@ impl Guest {
 
     /// A connection to the host's loopback, through the gateway, that stands.
     pub fn connected(&mut self, port: u16) -> SocketHandle {
-        let handle = self.connect(address::GATEWAY, port);
+        let handle = self.connect(self.stack.subnet().gateway(), port);
         self.until("connect", |g| g.tcp(handle).may_send().then_some(()));
         handle
     }

@@ -15,7 +15,7 @@ struct Guest {
 
 impl Guest {
     fn new(features: u64, queue_size: u16) -> Self {
-        let net = Net::new("net0", &"user".parse().unwrap()).unwrap();
+        let net = Net::new("net0", &"user,host-loopback=on".parse().unwrap()).unwrap();
         let mut driver = Driver::new(Box::new(net));
         driver.start(features, queue_size);
         Self { driver, buffers: Vec::new() }

@@ -258,7 +258,8 @@ impl GuestSpec {
             command.arg("--disk").arg(value);
         }
         if let Some(forwards) = &self.net {
-            let mut value = String::from("user");
+            // The cases' servers are on the emulated host's 127.0.0.1, where QEMU's user network always leads.
+            let mut value = String::from("user,host-loopback=on");
             for (host, guest) in forwards {
                 value.push_str(&format!(",forward=127.0.0.1:{host}:{guest}"));
             }
@@ -357,7 +358,7 @@ mod tests {
             assert!(words.iter().any(|word| word == "/lab/kernels/6.12/Image"));
         }
         assert!(ours.contains(&"/run/case/a.raw:ro".into()));
-        assert!(ours.contains(&"user,forward=127.0.0.1:2222:22".into()));
+        assert!(ours.contains(&"user,host-loopback=on,forward=127.0.0.1:2222:22".into()));
         assert!(theirs.iter().any(|word| word.contains("hostfwd=tcp:127.0.0.1:2222-:22")));
     }
 }
