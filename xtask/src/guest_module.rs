@@ -3,9 +3,10 @@
 mod core_object;
 mod headers;
 
-use crate::debian::setup::{self, CROSS_COMPILER, MAKE, PAHOLE};
+use crate::debian::setup;
 use crate::paths::Paths;
-use crate::{process, stamp};
+use crate::process::{self, Advise};
+use crate::{progress, stamp};
 use anyhow::{Context, Result, bail};
 use headers::Headers;
 use std::collections::BTreeMap;
@@ -27,7 +28,7 @@ pub struct Built {
 
 /// Builds the modules for the newest kernel that Debian has.
 pub fn build_newest(paths: &Paths) -> Result<Built> {
-    setup::ensure(paths, &[&CROSS_COMPILER, &MAKE, &PAHOLE], false)?;
+    prepare(paths)?;
     let object = core_object::build(paths)?;
     let headers = headers::prepare_newest(paths)?;
     build_one(paths, headers::NEWEST, &headers, &object, &sources(paths)?)
@@ -35,7 +36,7 @@ pub fn build_newest(paths: &Paths) -> Result<Built> {
 
 /// Builds the modules for the kernels whose image packages are `images` (name for the lab, package name with its version).
 pub fn build(paths: &Paths, images: &[(String, String)]) -> Result<BTreeMap<String, Built>> {
-    setup::ensure(paths, &[&CROSS_COMPILER, &MAKE, &PAHOLE], false)?;
+    prepare(paths)?;
     let object = core_object::build(paths)?;
     let sources = sources(paths)?;
     let mut built = BTreeMap::new();
@@ -48,10 +49,23 @@ pub fn build(paths: &Paths, images: &[(String, String)]) -> Result<BTreeMap<Stri
 
 /// Builds the modules for a kernel that somebody built in `folder`. `name` is the lab's for it.
 pub fn build_for(paths: &Paths, name: &str, folder: &Path) -> Result<Built> {
-    setup::ensure(paths, &[&CROSS_COMPILER, &MAKE, &PAHOLE], false)?;
+    prepare(paths)?;
     let object = core_object::build(paths)?;
     let headers = Headers { build: folder.to_owned(), variables: Vec::new() };
     build_one(paths, name, &headers, &object, &sources(paths)?)
+}
+
+/// Everything but the sources: programs, and a word about where the work is done.
+fn prepare(paths: &Paths) -> Result<()> {
+    if paths.kbuild != paths.lab {
+        progress::say(&format!(
+            "A kernel module cannot be built below {}, because of a blank or another special character in that path: \
+             its headers and build are in {}",
+            paths.root.display(),
+            paths.kbuild.display()
+        ));
+    }
+    setup::ensure(paths, &setup::MODULE)
 }
 
 /// All files of the C half, relative to the clone.
@@ -83,7 +97,7 @@ fn build_one(
     object: &Path,
     sources: &[PathBuf],
 ) -> Result<Built> {
-    let folder = paths.lab.join("module").join(name);
+    let folder = paths.kbuild.join("module").join(name);
     let done = folder.join("built");
     let mut inputs: Vec<&Path> = sources.iter().map(PathBuf::as_path).collect();
     inputs.push(object);
@@ -92,6 +106,7 @@ fn build_one(
     inputs.extend(kernel.iter().map(PathBuf::as_path));
     let inputs = format!("{}{}", stamp::sum(&inputs)?, headers.build.display());
     stamp::once(paths, &format!("module-{name}"), &inputs, &[&done], || {
+        progress::say(&format!("  building the guest's kernel module for {name}"));
         if folder.exists() {
             fs::remove_dir_all(&folder)?;
         }
@@ -137,7 +152,7 @@ fn lay_out(paths: &Paths, folder: &Path, object: &Path, sources: &[PathBuf]) -> 
 
 /// Puts the sources and the Rust half into `folder`, as they go into a source package: without the tests.
 pub fn lay_out_package(paths: &Paths, folder: &Path) -> Result<()> {
-    setup::ensure(paths, &[&CROSS_COMPILER, &MAKE, &PAHOLE], false)?;
+    prepare(paths)?;
     let object = core_object::build(paths)?;
     let tests = paths.root.join("guest/module").join(TEST_MODULES);
     let mut sources = sources(paths)?;
@@ -162,9 +177,11 @@ pub fn build_by_dkms(paths: &Paths, name: &str, image: &str, source: &Path, tree
     let variables =
         headers.variables.iter().map(|(key, value)| format!(" {key}={value}")).collect::<String>();
     command.env("ARCH", "arm64").env("CROSS_COMPILE", CROSS).env("MAKEFLAGS", variables.trim());
-    command.env_remove("MFLAGS").env_remove("CARGO_MAKEFLAGS");
-    let module = process::output(&mut command, "building the module as DKMS does").with_context(|| {
-        format!("{}:\n{}", log.display(), process::tail(&fs::read_to_string(&log).unwrap_or_default(), 20))
+    process::in_c_locale(&mut command).env_remove("MFLAGS").env_remove("CARGO_MAKEFLAGS");
+    let what = format!("building the module for {name} as DKMS does");
+    let module = progress::follow(&log, || process::output(&mut command, &what)).advise(|| {
+        let said = String::from_utf8_lossy(&fs::read(&log).unwrap_or_default()).into_owned();
+        format!("{}\nThe whole output: {}", process::essence(&said), log.display())
     })?;
     Ok(PathBuf::from(module.trim()))
 }
@@ -177,5 +194,7 @@ fn make(headers: &Headers, folder: &Path) -> Command {
     command.arg("modules");
     // What cargo sets for its own programs must not reach kbuild.
     command.env_remove("MAKEFLAGS").env_remove("MFLAGS").env_remove("CARGO_MAKEFLAGS");
+    // Its warnings are looked for, in English.
+    process::in_c_locale(&mut command);
     command
 }

@@ -10,6 +10,8 @@ mod lint;
 mod package;
 mod paths;
 mod process;
+mod progress;
+mod rustup;
 mod stamp;
 mod test;
 mod workspace;
@@ -48,7 +50,7 @@ enum Task {
     Lint,
     /// Measure Outboard beside QEMU
     Bench(bench::Options),
-    /// Install what the other tasks need and is missing
+    /// List what the other tasks need, and install what of it is missing
     Setup {
         /// Only say what would be installed
         #[arg(long)]
@@ -61,6 +63,7 @@ fn main() -> ExitCode {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
+            progress::end();
             eprintln!("error: {error:#}");
             ExitCode::FAILURE
         }
@@ -81,7 +84,7 @@ fn run(task: &Task) -> Result<bool> {
             Ok(counts.failed == 0)
         }
         Task::Setup { dry_run } => {
-            debian::setup::ensure(&paths, &debian::setup::LAB, *dry_run)?;
+            debian::setup::all(&paths, *dry_run)?;
             Ok(true)
         }
     }

@@ -6,7 +6,7 @@
 
 use crate::guest_module;
 use crate::paths::Paths;
-use crate::{lab, process};
+use crate::{lab, process, progress};
 use anyhow::{Context, Result, ensure};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -36,6 +36,7 @@ const RUST: [&str; 3] = ["guest/module/core", "crates/windows", "crates/abi"];
 
 /// Builds the package; with `check` also the module out of it, as DKMS would, for the lab's kernels.
 pub fn run(paths: &Paths, check: bool) -> Result<bool> {
+    progress::begin("package");
     let folder = paths.target().join("package");
     let root = folder.join("root");
     if root.exists() {
@@ -55,14 +56,17 @@ pub fn run(paths: &Paths, check: bool) -> Result<bool> {
     let mut command = Command::new("dpkg-deb");
     command.args(["--root-owner-group", "-Zxz", "--build"]).arg(&root).arg(&package);
     process::output(&mut command, "dpkg-deb")?;
-    println!("{}", package.display());
+    progress::say(&package.display().to_string());
     if check {
-        for (kernel, module) in
-            lab::build_package(paths, &unpacked(&package, &folder)?.join(&source), &folder.join("dkms"))?
-        {
-            println!("  {kernel:<6} {}", module.display());
+        for (kernel, module) in lab::build_package(
+            paths,
+            &unpacked(&package, &folder)?.join(&source),
+            &paths.kbuild.join("dkms"),
+        )? {
+            progress::say(&format!("  {kernel:<6} {}", module.display()));
         }
     }
+    progress::end();
     Ok(true)
 }
 

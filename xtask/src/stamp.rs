@@ -42,7 +42,7 @@ pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
     let part = folder.join(format!(".{name}.part"));
     fs::write(&part, bytes)
         .and_then(|()| fs::rename(&part, path))
-        .with_context(|| format!("cannot write {}; is the disk full?", path.display()))
+        .with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// Copies a file unless the target already has the same bytes.
@@ -63,7 +63,7 @@ mod tests {
     #[test]
     fn things_are_made_when_inputs_or_outputs_say_so() {
         let folder = tempfile::tempdir().expect("a folder");
-        let paths = Paths { root: folder.path().into(), lab: folder.path().join("lab") };
+        let paths = Paths::of(folder.path().into()).expect("folders");
         let output = folder.path().join("thing");
         let make = |inputs: &str| {
             once(&paths, "thing", inputs, &[&output], || write_whole(&output, b"x")).expect("is made")

@@ -4,6 +4,7 @@ use crate::lab::{self, Counts};
 use crate::lint;
 use crate::package;
 use crate::paths::Paths;
+use crate::progress;
 use anyhow::{Context, Result};
 use clap::Args;
 use std::io::{BufRead, BufReader};
@@ -42,7 +43,10 @@ pub fn run(paths: &Paths, options: &Options) -> Result<bool> {
 /// One test: the package can be made, and the module built out of it.
 fn package_test(paths: &Paths) -> Counts {
     let mut counts = Counts::default();
-    match package::run(paths, true) {
+    let result = package::run(paths, true);
+    // What failed has left it.
+    progress::end();
+    match result {
         Ok(_) => counts.passed += 1,
         Err(error) => {
             println!("  FAILED   package: {error:#}");
@@ -56,6 +60,8 @@ fn package_test(paths: &Paths) -> Counts {
 fn crate_tests(paths: &Paths) -> Result<Counts> {
     let mut command = crate::cargo(paths);
     command.args(["test", "--workspace", "--no-fail-fast"]).stdin(Stdio::null()).stdout(Stdio::piped());
+    // cargo prints what it builds; of the tests only some lines are passed on.
+    progress::begin_beside_output("tests of the crates");
     let mut child = command.spawn().context("cannot start cargo test")?;
     let stdout = child.stdout.take().expect("stdout is piped");
     let mut counts = Counts::default();
@@ -65,10 +71,11 @@ fn crate_tests(paths: &Paths) -> Result<Counts> {
             Some(one) => counts += one,
             // The single tests that passed are many; the others are all shown.
             None if line.ends_with(" ... ok") || line.trim().is_empty() => {}
-            None => println!("  {line}"),
+            None => progress::say(&format!("  {line}")),
         }
     }
     let status = child.wait()?;
+    progress::end();
     if !status.success() && counts.failed == 0 {
         println!("  FAILED   cargo test ended with {status} without a failed test: something does not build");
         counts.failed += 1;

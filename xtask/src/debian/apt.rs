@@ -2,7 +2,8 @@
 //! broken third-party source in it does no harm.
 
 use super::mirrors::{self, Mirrors, Source};
-use crate::process;
+use crate::process::Advise;
+use crate::{process, progress};
 use anyhow::{Context, Result, bail};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -79,7 +80,7 @@ impl Apt {
         // Without this option apt-get warns about unreachable mirrors and says that all is well.
         command.args(["update", "-q", "-o", "APT::Update::Error-Mode=any"]);
         process::run_logged(&mut command, "fetching Debian's lists of packages", &self.log("update"))
-            .context("is the machine on the network, and its mirror in /etc/apt reachable?")
+            .advise(|| "Is the machine on the network, and its mirror in /etc/apt reachable?")
     }
 
     /// The package that metapackage `name` stands for: the first it depends on that starts with `prefix`.
@@ -126,25 +127,56 @@ impl Apt {
         list(&self.folder.join("cache/archives"))
     }
 
-    /// Installs these packages into the machine, with sudo unless this is root.
-    pub fn install(&self, names: &[&str]) -> Result<()> {
+    /// Installs these packages into the machine, with sudo unless this is root. Returns what apt says it did.
+    pub fn install(&self, names: &[&str]) -> Result<String> {
         if self.status != Status::System {
             bail!("only an apt that knows the machine's packages may install into it");
         }
-        let apt = self.command("apt-get");
-        let mut command = if nix::unistd::geteuid().is_root() {
-            apt
+        let log = self.log("install");
+        let mut command =
+            install_command(&self.folder.join("apt.conf"), nix::unistd::geteuid().is_root(), names);
+        let what = "installing Debian packages";
+        if sudo_will_ask_again()? {
+            // It keeps no password: the question must stay readable.
+            progress::hide(|| process::run_logged(&mut command, what, &log))?;
         } else {
-            let mut sudo = Command::new("sudo");
-            sudo.arg("env")
-                .arg(format!("APT_CONFIG={}", self.folder.join("apt.conf").display()))
-                .arg("apt-get");
-            sudo
-        };
-        command.env("DEBIAN_FRONTEND", "noninteractive");
-        command.args(["install", "-y", "-q"]).args(names);
-        process::run_logged(&mut command, "installing Debian packages", &self.log("install"))
+            process::run_logged(&mut command, what, &log)?;
+        }
+        Ok(summary(&String::from_utf8_lossy(&fs::read(&log).unwrap_or_default())))
     }
+}
+
+/// Has sudo ask for the password now, where nothing else is on the terminal, unless this is root. True if the next sudo will ask once more.
+fn sudo_will_ask_again() -> Result<bool> {
+    if nix::unistd::geteuid().is_root() {
+        return Ok(false);
+    }
+    // The program that apt is started with too: rules in sudoers may name it.
+    let asked = progress::hide(|| Command::new("sudo").args(["env", "true"]).status());
+    if !asked.context("cannot start sudo")?.success() {
+        bail!("sudo did not let this user become root");
+    }
+    let silent = Command::new("sudo").args(["-n", "env", "true"]).output().context("cannot start sudo")?;
+    Ok(!silent.status.success())
+}
+
+/// apt-get with the configuration `config`. sudo hands on no variables, so `env` behind it sets them.
+fn install_command(config: &Path, root: bool, names: &[&str]) -> Command {
+    let mut command = Command::new(if root { "env" } else { "sudo" });
+    if !root {
+        command.arg("env");
+    }
+    command.arg(format!("APT_CONFIG={}", config.display()));
+    command.args(["DEBIAN_FRONTEND=noninteractive", "LC_ALL=C", "apt-get", "install", "-y", "-q"]);
+    // A machine that has just started may be at its own updates.
+    command.args(["-o", "DPkg::Lock::Timeout=300"]).args(names);
+    command
+}
+
+/// apt's own count of what it installed, and what room that takes.
+fn summary(said: &str) -> String {
+    let wanted = |line: &&str| line.contains(" newly installed") || line.starts_with("After this operation");
+    said.lines().filter(wanted).map(str::trim).collect::<Vec<_>>().join(" ")
 }
 
 /// Unpacks a package file into `to`.
@@ -152,7 +184,7 @@ pub fn unpack(file: &Path, to: &Path) -> Result<()> {
     fs::create_dir_all(to)?;
     let what = format!("unpacking {}", file.display());
     process::output(Command::new("dpkg-deb").arg("-x").arg(file).arg(to), &what)
-        .context("is the disk full? The lab needs about 3 GB under target/")?;
+        .advise(|| "If the disk is full: the lab needs about 3 GB under target/")?;
     Ok(())
 }
 
@@ -200,6 +232,30 @@ fn sources(mirrors: &Mirrors, release: &str, architecture: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_apt_must_know_survives_sudo() {
+        let words = |root| -> Vec<String> {
+            let command = install_command(Path::new("/a clone/apt.conf"), root, &["make"]);
+            let all = std::iter::once(command.get_program()).chain(command.get_args());
+            all.map(|word| word.to_string_lossy().into_owned()).collect()
+        };
+        let user = words(false);
+        assert_eq!(user[..3], ["sudo", "env", "APT_CONFIG=/a clone/apt.conf"]);
+        assert!(user.contains(&"DEBIAN_FRONTEND=noninteractive".to_owned()), "{user:?}");
+        assert_eq!(user[1..], words(true)[..]);
+    }
+
+    #[test]
+    fn apt_says_what_it_installed() {
+        let said = "Reading\n0 upgraded, 57 newly installed, 0 to remove and 3 not upgraded.\nNeed to get 1 MB\n\
+                    After this operation, 210 MB of additional disk space will be used.\nGet:1";
+        assert_eq!(
+            summary(said),
+            "0 upgraded, 57 newly installed, 0 to remove and 3 not upgraded. \
+             After this operation, 210 MB of additional disk space will be used."
+        );
+    }
 
     #[test]
     fn sources_keep_the_machines_mirror_and_change_the_release() {

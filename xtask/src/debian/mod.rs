@@ -2,6 +2,7 @@
 
 mod apt;
 mod mirrors;
+pub mod rust;
 pub mod setup;
 
 pub use apt::{Apt, Status, UNSTABLE, unpack};

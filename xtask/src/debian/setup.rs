@@ -2,8 +2,10 @@
 
 use super::{Apt, Status, apt};
 use crate::paths::Paths;
-use crate::process;
-use anyhow::{Context, Result, bail};
+use crate::process::{self, Advise};
+use crate::progress;
+use crate::rustup;
+use anyhow::{Result, bail};
 use std::process::Command;
 
 /// A program (or a file, with its whole path) that must be there.
@@ -52,34 +54,93 @@ pub const CROSS_LIBC: Need = Need {
 
 /// What `lab` needs of every machine.
 pub const LAB: [&Need; 3] = [&EMULATOR, &XZ, &ZSTD];
+/// What the guest's kernel module needs.
+pub const MODULE: [&Need; 3] = [&CROSS_COMPILER, &MAKE, &PAHOLE];
 
-/// Installs what is missing of `needs`, after saying what and why. With `dry_run` it only says so.
-pub fn ensure(paths: &Paths, needs: &[&Need], dry_run: bool) -> Result<()> {
+/// Installs all that the tasks need and that is missing, or only says with `dry_run` what would be; what is there is listed too.
+pub fn all(paths: &Paths, dry_run: bool) -> Result<()> {
+    let packages = [&LAB[..], &MODULE].concat();
+    println!("Debian packages:");
+    for need in &packages {
+        println!("{}", line(need.package, process::exists(need.program), "apt", need.why));
+    }
+    println!("Rust:");
+    for part in rustup::ALL {
+        println!("{}", line(&part.to_string(), part.is_there(paths)?, "rustup", part.why));
+    }
+    if !dry_run {
+        progress::begin("set up");
+        ensure(paths, &packages)?;
+        for part in rustup::ALL {
+            // What rustup cannot bring has a substitute, or its check is skipped: the task that wants it says so.
+            part.ensure(paths)?;
+        }
+        progress::end();
+    }
+    Ok(())
+}
+
+fn line(name: &str, there: bool, by: &str, why: &str) -> String {
+    let state = if there { "there".to_owned() } else { format!("missing: {by} installs it") };
+    format!("  {name:<40} {state:<30} {why}")
+}
+
+/// Installs what is missing of `needs`, after saying what and why.
+pub fn ensure(paths: &Paths, needs: &[&Need]) -> Result<()> {
     let missing: Vec<&&Need> = needs.iter().filter(|need| !process::exists(need.program)).collect();
     if missing.is_empty() {
         return Ok(());
     }
-    println!("{} with apt:", if dry_run { "Would be installed" } else { "Installing" });
+    progress::say("Installing with apt, and what they depend on:");
     for need in &missing {
-        println!("  {:<24} {}", need.package, need.why);
-    }
-    if dry_run {
-        return Ok(());
+        progress::say(&format!("  {:<24} {}", need.package, need.why));
     }
     let packages: Vec<&str> = missing.iter().map(|need| need.package).collect();
-    let by_hand = format!("apt-get install --no-install-recommends {}", packages.join(" "));
-    if !nix::unistd::geteuid().is_root() && !process::exists("sudo") {
-        bail!("this needs root and there is no sudo; as root, run: {by_hand}");
+    let root = nix::unistd::geteuid().is_root();
+    if !root && !process::exists("sudo") {
+        bail!("this needs root, and there is no sudo. As root, run: {}", by_hand(true, &packages));
     }
+    let by_hand = by_hand(root, &packages);
     let architecture = process::output(Command::new("dpkg").arg("--print-architecture"), "dpkg")?;
     let release = apt::codename()?;
     let apt = Apt::new(paths.lab.join("apt-native"), architecture.trim(), &release, Status::System)?;
-    apt.update()?;
-    apt.install(&packages).with_context(|| format!("to do it by hand: {by_hand}"))?;
+    let install = || {
+        apt.update()?;
+        apt.install(&packages)
+    };
+    let said = install().advise(|| format!("To do it by hand: {by_hand}"))?;
+    progress::say(&format!("  apt: {said}"));
     for need in missing {
         if !process::exists(need.program) {
             bail!("{} is installed, but there is still no program {}", need.package, need.program);
         }
     }
     Ok(())
+}
+
+/// The command for a person; a machine that was just installed may have no lists yet, or old ones.
+fn by_hand(root: bool, packages: &[&str]) -> String {
+    let sudo = if root { "" } else { "sudo " };
+    let packages = packages.join(" ");
+    format!("{sudo}apt-get update && {sudo}apt-get install --no-install-recommends {packages}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_for_people_fetches_the_lists_first() {
+        assert_eq!(
+            by_hand(false, &["make", "pahole"]),
+            "sudo apt-get update && sudo apt-get install --no-install-recommends make pahole"
+        );
+        assert!(!by_hand(true, &["make"]).contains("sudo"));
+    }
+
+    #[test]
+    fn what_is_missing_and_what_is_there_is_said() {
+        assert!(line("make", false, "apt", "builds").contains("missing: apt installs it"));
+        assert!(line("make", true, "apt", "builds").contains("there"));
+    }
 }

@@ -1,7 +1,8 @@
 //! The Rust half as one object file that kbuild links like one of its own.
 
-use crate::arm64;
+use crate::debian::rust;
 use crate::paths::Paths;
+use crate::rustup::BARE;
 use crate::{process, stamp};
 use anyhow::{Result, bail};
 use std::fs;
@@ -12,43 +13,52 @@ use std::process::Command;
 pub const CROSS: &str = "aarch64-linux-gnu-";
 /// kbuild copies a `_shipped` file to the name without that.
 pub const NAME: &str = "outboard_core.o_shipped";
-const TARGET: &str = "aarch64-unknown-none-softfloat";
 const CRATE: &str = "outboard-dma-core";
+/// As the kernel builds its own Rust code: x18 belongs to the shadow call stack, indirect calls land on a BTI. Both options need a nightly
+/// compiler or `RUSTC_BOOTSTRAP`, which the kernel's build sets too.
+const FLAGS: [&str; 3] = ["-Cforce-frame-pointers=yes", "-Zfixed-x18", "-Zbranch-protection=bti"];
+/// Those of them that a compiler may want to be the same in `core`, which comes without.
+const MODIFIERS: [&str; 2] = ["fixed-x18", "branch-protection"];
 /// What the linker may leave open: the kernel has these. Above all not the panic handler.
 const OPEN: [&str; 5] = ["memcpy", "memmove", "memset", "memcmp", "bcmp"];
 
 /// Builds it; the file.
 pub fn build(paths: &Paths) -> Result<PathBuf> {
-    if !arm64::ensure_target(TARGET)? {
-        bail!(
-            "the Rust toolchain has no target {TARGET}, which the guest's kernel module needs; where there is rustup: \
-             rustup target add {TARGET}"
-        );
-    }
     let mut command = crate::cargo(paths);
-    command.args(["rustc", "--package", CRATE, "--target", TARGET, "--profile", "kernel"]);
+    let rustc = if BARE.ensure(paths)? {
+        PathBuf::from("rustc")
+    } else {
+        let rustc = rust::compiler_for_bare(paths, BARE.name(), &FLAGS)?;
+        command.env("RUSTC", &rustc);
+        rustc
+    };
+    command.args(["rustc", "--package", CRATE, "--target", BARE.name(), "--profile", "kernel"]);
     command.args(["--crate-type", "staticlib"]);
-    // As the kernel builds its own Rust code: x18 belongs to the shadow call stack, indirect calls land on a BTI. Both options need a nightly
-    // compiler or this variable, which the kernel's build sets too.
-    command.env("RUSTC_BOOTSTRAP", "1");
-    command.env(
-        "CARGO_ENCODED_RUSTFLAGS",
-        [
-            "-Cforce-frame-pointers=yes",
-            "-Zfixed-x18",
-            "-Cunsafe-allow-abi-mismatch=fixed-x18",
-            "-Zbranch-protection=bti",
-        ]
-        .join("\x1f"),
-    );
+    let mut flags: Vec<String> = FLAGS.iter().map(|flag| (*flag).to_owned()).collect();
+    let allowed: Vec<&str> =
+        MODIFIERS.into_iter().filter(|name| is_modifier(&rustc, name, &paths.lab)).collect();
+    flags.push(format!("-Cunsafe-allow-abi-mismatch={}", allowed.join(",")));
+    command.env("RUSTC_BOOTSTRAP", "1").env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));
     process::run_logged(&mut command, "building the module's Rust half", &paths.lab.join("module-core.log"))?;
-    let library = paths.target().join(TARGET).join("kernel/liboutboard_dma_core.a");
+    let library = paths.target().join(BARE.name()).join("kernel/liboutboard_dma_core.a");
     let folder = paths.lab.join("module-core");
     let object = folder.join(NAME);
     let script = paths.root.join("guest/module/core/link.lds");
     let inputs = stamp::sum(&[&library, &script])?;
     stamp::once(paths, "module-core", &inputs, &[&object], || link(&folder, &library, &script, &object))?;
     Ok(object)
+}
+
+/// Whether this compiler wants option `name` to be the same in all crates: Rust 1.96 added `branch-protection` to these, and older ones refuse names
+/// that they do not know. The compiler is asked with an empty crate, which goes into `folder`.
+fn is_modifier(rustc: &Path, name: &str, folder: &Path) -> bool {
+    let mut command = Command::new(rustc);
+    // Into a folder of ours: rustc replaces what `-o` names, even a device file.
+    command
+        .args(["--crate-name", "probe", "--crate-type", "lib", "--emit", "metadata", "--out-dir"])
+        .arg(folder);
+    command.arg(format!("-Cunsafe-allow-abi-mismatch={name}")).arg("-").env("RUSTC_BOOTSTRAP", "1");
+    process::output(&mut command, "rustc").is_ok()
 }
 
 /// Takes the crate's own object out of the library (the rest is what the kernel has itself), keeps what the C half calls, and checks that
@@ -58,7 +68,11 @@ fn link(folder: &Path, library: &Path, script: &Path, object: &Path) -> Result<(
         fs::remove_dir_all(folder)?;
     }
     fs::create_dir_all(folder)?;
-    let tool = |name: &str| Command::new(format!("{CROSS}{name}"));
+    let tool = |name: &str| {
+        let mut command = Command::new(format!("{CROSS}{name}"));
+        process::in_c_locale(&mut command);
+        command
+    };
     let names = process::output(tool("ar").arg("t").arg(library), "ar t")?;
     let own: Vec<&str> = names.lines().filter(|name| name.starts_with("outboard_dma_core")).collect();
     let [own] = own[..] else { bail!("{} has {} objects of {CRATE}, not one", library.display(), own.len()) };
@@ -106,4 +120,16 @@ fn entry(line: &str, open: bool) -> Option<&str> {
     let global = *bind == "GLOBAL" || *bind == "WEAK";
     let undefined = *index == "UND";
     (global && undefined == open && (open || name.starts_with("odma_core_"))).then_some(name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_compiler_is_asked_only_for_modifiers_that_it_knows() {
+        let (rustc, folder) = (Path::new("rustc"), tempfile::tempdir().expect("a folder"));
+        assert!(is_modifier(rustc, "fixed-x18", folder.path()));
+        assert!(!is_modifier(rustc, "no-such-modifier", folder.path()));
+    }
 }

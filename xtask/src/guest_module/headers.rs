@@ -3,6 +3,7 @@
 use crate::debian::{Apt, Status, UNSTABLE, unpack};
 use crate::lab::RELEASE;
 use crate::paths::Paths;
+use crate::process::Advise;
 use crate::{process, stamp};
 use anyhow::{Context, Result};
 use std::fs;
@@ -30,21 +31,23 @@ pub fn package_of(folder: &Path) -> Result<String> {
 /// Fetches what is missing for the kernel of package `image` (`linux-image-VERSION`).
 pub fn prepare(paths: &Paths, name: &str, image: &str) -> Result<Headers> {
     let version = image.strip_prefix("linux-image-").context("a kernel's package is linux-image-…")?;
-    let root = paths.lab.join("headers").join(name);
+    let root = paths.kbuild.join("headers").join(name);
     let build = root.join("usr/src").join(format!("linux-headers-{version}"));
     let makefile = build.join("Makefile");
-    stamp::once(paths, &format!("headers-{name}"), image, &[&makefile], || {
+    // The number is raised when they are unpacked in another way.
+    let inputs = format!("2 {image}");
+    stamp::once(paths, &format!("headers-{name}"), &inputs, &[&makefile], || {
         if root.exists() {
             fs::remove_dir_all(&root)?;
         }
-        fetch(paths, &root, version).with_context(|| {
+        fetch(paths, &root, version).advise(|| {
             format!(
-                "if Debian has a newer kernel by now and no headers of {version} any more: delete {}",
+                "If Debian has a newer kernel by now and no headers of {version} any more: delete {}",
                 paths.packages().display()
             )
-        })?;
-        relocate(&root, &makefile)
+        })
     })?;
+    relocate(paths, name, &root, &makefile)?;
     // The package would take the version of gcc that the kernel was built with.
     let compiler = format!("{}gcc", super::CROSS);
     Ok(Headers { build, variables: vec![("CC".into(), compiler)] })
@@ -53,9 +56,11 @@ pub fn prepare(paths: &Paths, name: &str, image: &str) -> Result<Headers> {
 /// The same for the newest kernel that Debian has at all, which only ever is compiled for. What is there
 /// stays until `target/lab/headers/newest` is deleted.
 pub fn prepare_newest(paths: &Paths) -> Result<Headers> {
-    let root = paths.lab.join("headers").join(NEWEST);
+    let root = paths.kbuild.join("headers").join(NEWEST);
     let place = root.join("build");
-    stamp::once(paths, "headers-newest", "5", &[&place], || {
+    // The folder too: it stands in scripts and a link. Few build this, so another download does not matter.
+    let inputs = format!("6 {}", root.display());
+    stamp::once(paths, "headers-newest", &inputs, &[&place], || {
         if root.exists() {
             fs::remove_dir_all(&root)?;
         }
@@ -75,7 +80,7 @@ pub fn prepare_newest(paths: &Paths) -> Result<Headers> {
             unpack(&file, &root)?;
         }
         let build = root.join("usr/src").join(&headers);
-        relocate(&root, &build.join("Makefile"))?;
+        relocate(paths, NEWEST, &root, &build.join("Makefile"))?;
         with_own_libraries(&root, &root.join("usr/lib").join(programs))?;
         std::os::unix::fs::symlink(&build, &place).with_context(|| format!("cannot make {}", place.display()))
     })?;
@@ -144,10 +149,46 @@ fn fetch(paths: &Paths, root: &Path, version: &str) -> Result<()> {
     Ok(())
 }
 
-/// The headers' Makefile includes another by its place in an installed system.
-fn relocate(root: &Path, makefile: &Path) -> Result<()> {
-    let text = fs::read_to_string(makefile).with_context(|| format!("there is no {}", makefile.display()))?;
-    let place = root.join("usr/src");
-    let text = text.replace("/usr/src/", &format!("{}/", place.display()));
-    stamp::write_whole(makefile, text.as_bytes())
+/// The headers' Makefile includes another by its place in an installed system. Where the headers are is written into it, again when they have
+/// moved: the clone was renamed, or copied.
+fn relocate(paths: &Paths, name: &str, root: &Path, makefile: &Path) -> Result<()> {
+    let original = makefile.with_extension("debian");
+    if !original.exists() {
+        fs::rename(makefile, &original).with_context(|| format!("there is no {}", makefile.display()))?;
+    }
+    let place = root.join("usr/src").display().to_string();
+    stamp::once(paths, &format!("headers-place-{name}"), &place, &[makefile], || {
+        let text =
+            fs::read_to_string(&original).with_context(|| format!("cannot read {}", original.display()))?;
+        stamp::write_whole(makefile, text.replace("/usr/src/", &format!("{place}/")).as_bytes())
+    })?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn headers_that_moved_name_their_new_place() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let headers_in = |clone: &str| {
+            let paths = Paths::of(folder.path().join(clone)).expect("folders");
+            let root = paths.kbuild.join("headers/6.1");
+            let makefile = root.join("usr/src/linux-headers-6.1/Makefile");
+            (paths, root, makefile)
+        };
+        let (paths, root, makefile) = headers_in("old");
+        fs::create_dir_all(makefile.parent().expect("a folder")).expect("a folder");
+        fs::write(&makefile, "include /usr/src/linux-headers-common/Makefile\n").expect("written");
+        relocate(&paths, "6.1", &root, &makefile).expect("is relocated");
+        let include =
+            |root: &Path| format!("include {}/usr/src/linux-headers-common/Makefile\n", root.display());
+        assert_eq!(fs::read_to_string(&makefile).expect("is there"), include(&root));
+
+        fs::rename(folder.path().join("old"), folder.path().join("new")).expect("is moved");
+        let (paths, root, makefile) = headers_in("new");
+        relocate(&paths, "6.1", &root, &makefile).expect("is relocated");
+        assert_eq!(fs::read_to_string(&makefile).expect("is there"), include(&root));
+    }
 }

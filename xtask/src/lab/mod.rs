@@ -19,6 +19,8 @@ use crate::arm64::Toolchain;
 use crate::debian::setup;
 use crate::guest_module;
 use crate::paths::Paths;
+use crate::process::Advise;
+use crate::progress;
 use images::Extras;
 use report::{CaseResult, Progress, Report};
 use session::Session;
@@ -79,17 +81,15 @@ pub fn run(paths: &Paths, options: &Options) -> Result<bool> {
     let mut report = Report::default();
     let result =
         prepare_and_run(paths, &names, vmm, options.guest_kernel.as_deref(), &mut progress, &mut report);
-    let failed_in = progress.current().map(str::to_owned);
-    progress.clear();
+    let result = close(result, paths, &mut progress);
     report.phases = progress.take();
     let counts = report.counts();
     report.ok = result.is_ok() && counts.failed == 0;
-    let result = result.with_context(|| format!("failed in phase '{}'", failed_in.unwrap_or_default()));
     report.error = result.as_ref().err().map(|error| format!("{error:#}"));
     if let Some(file) = &options.json {
         report.write(file)?;
     }
-    result.with_context(|| format!("the logs are kept in {}", paths.logs().display()))?;
+    result?;
     print_summary(&report, start.elapsed());
     if !report.ok {
         println!("The logs are kept in {}", paths.logs().display());
@@ -121,10 +121,9 @@ fn chosen(options: &Options) -> Result<Vec<String>> {
 pub fn run_all_cases(paths: &Paths) -> Counts {
     let (mut progress, mut report) = (Progress::new(), Report::default());
     let result = prepare_and_run(paths, &test_cases(), Vmm::Outboard, None, &mut progress, &mut report);
-    progress.clear();
     let mut counts = report.counts();
-    if let Err(error) = result {
-        println!("  FAILED   lab: {error:#}\nThe logs are kept in {}", paths.logs().display());
+    if let Err(error) = close(result, paths, &mut progress) {
+        println!("  FAILED   lab: {error:#}");
         counts.failed += 1;
     }
     counts
@@ -145,8 +144,7 @@ pub fn samples(paths: &Paths, case: &str) -> Result<Vec<Sample>> {
     let (mut progress, mut report) = (Progress::new(), Report::default());
     let names = [case.to_owned()];
     let result = prepare_and_run(paths, &names, Vmm::Outboard, None, &mut progress, &mut report);
-    progress.clear();
-    result.with_context(|| format!("the logs are kept in {}", paths.logs().display()))?;
+    close(result, paths, &mut progress)?;
     if let Some(CaseResult { outcome: Outcome::Failed(reason), .. }) = report.cases.pop() {
         bail!("{reason}");
     }
@@ -157,12 +155,21 @@ pub fn samples(paths: &Paths, case: &str) -> Result<Vec<Sample>> {
 pub fn facts(paths: &Paths, case: &str) -> Result<BTreeMap<String, serde_json::Value>> {
     let (mut progress, mut report) = (Progress::new(), Report::default());
     let result = prepare_and_run(paths, &[case.to_owned()], Vmm::Outboard, None, &mut progress, &mut report);
-    progress.clear();
-    result.with_context(|| format!("the logs are kept in {}", paths.logs().display()))?;
+    close(result, paths, &mut progress)?;
     if let Some(CaseResult { outcome: Outcome::Failed(reason), .. }) = report.cases.pop() {
         bail!("{reason}");
     }
     Ok(report.facts)
+}
+
+/// The end of a run: an error is followed by the phase that it came from and the place of the logs.
+fn close(result: Result<()>, paths: &Paths, progress: &mut Progress) -> Result<()> {
+    // In every case, so that nothing moves on the terminal any more.
+    let phase = progress.forget();
+    result.advise(|| {
+        let phase = phase.map_or_else(String::new, |name| format!("It failed in phase '{name}'. "));
+        format!("{phase}The logs are kept in {}", paths.logs().display())
+    })
 }
 
 /// Names of the cases that `--cases` runs.
@@ -209,7 +216,7 @@ fn host_kernel(case: &str) -> Option<Kernel> {
 /// Prepares everything, with `extras`.
 fn prepare(paths: &Paths, extras: Extras<'_>, progress: &mut Progress) -> Result<()> {
     progress.begin("prepare the machine");
-    setup::ensure(paths, &setup::LAB, false)?;
+    setup::ensure(paths, &setup::LAB)?;
     progress.begin("prepare Debian packages");
     let packages = packages::Packages::prepare(paths)?;
     progress.begin("build for arm64");
@@ -263,10 +270,10 @@ pub fn run_case(
                 let said = session.monitor(&line)?;
                 session.send(&Command::Monitored(said))?;
             }
-            Event::Log(text) => progress.say(&format!("    {text}")),
+            Event::Log(text) => progress::say(&format!("    {text}")),
             Event::Part { name: part, outcome } => {
                 let name = format!("{name}/{part}");
-                progress.say(&result_line(&name, &outcome));
+                progress::say(&result_line(&name, &outcome));
                 parts.add(&outcome);
                 report.cases.push(CaseResult { name, outcome, counts: true, ms: None });
             }
@@ -275,6 +282,7 @@ pub fn run_case(
                     bail!("{reason}\n{}", session.console_tail());
                 }
                 if demo {
+                    // The sum of the phases that the case has reported.
                     progress.forget();
                 } else {
                     progress.end();
@@ -286,7 +294,7 @@ pub fn run_case(
                     }
                     other => other,
                 };
-                progress.say(&result_line(name, &outcome));
+                progress::say(&result_line(name, &outcome));
                 report.cases.push(CaseResult { name: name.into(), outcome, counts, ms: Some(ms) });
                 return Ok(());
             }
@@ -325,11 +333,13 @@ fn print_summary(report: &Report, took: Duration) {
 
 /// `cargo xtask module`: builds the guest's kernel module and says where it is.
 pub fn build_modules(paths: &Paths, newest: bool) -> Result<bool> {
+    progress::begin("build the guest's kernel module");
     let packages = packages::Packages::prepare(paths)?;
     let mut all = images::guest_modules(paths, &packages)?;
     if newest {
         all.insert("newest".into(), guest_module::build_newest(paths)?);
     }
+    progress::end();
     for (kernel, built) in all {
         for file in built.files {
             println!("  {kernel:<6} {}", file.display());

@@ -1,14 +1,13 @@
 //! What a run of the lab reports: to people while it runs, to machines at its end.
 
+use crate::progress;
 use anyhow::{Context, Result};
-use indicatif::{ProgressBar, ProgressStyle};
 use lab_cases::protocol::Outcome;
 use serde::Serialize;
 use std::collections::BTreeMap;
-use std::io::IsTerminal;
 use std::ops::AddAssign;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// The report for machines: `docs/lab.md` explains its keys.
 #[derive(Default, Serialize)]
@@ -103,72 +102,39 @@ impl Report {
     }
 }
 
-/// Streams phases: a spinner on a terminal, a line when each is over.
+/// Streams phases, and keeps how long they took.
 pub struct Progress {
-    spinner: Option<ProgressBar>,
-    current: Option<(String, Instant)>,
     phases: Vec<Phase>,
 }
 
 impl Progress {
     /// Nothing yet.
     pub fn new() -> Self {
-        Self { spinner: None, current: None, phases: Vec::new() }
+        Self { phases: Vec::new() }
     }
 
     /// A phase begins (and the one before is over).
     pub fn begin(&mut self, name: &str) {
         self.end();
-        self.current = Some((name.to_owned(), Instant::now()));
-        if std::io::stdout().is_terminal() {
-            let bar = ProgressBar::new_spinner();
-            bar.set_style(
-                ProgressStyle::with_template("  {spinner} {msg} {elapsed}").expect("a valid template"),
-            );
-            bar.set_message(name.to_owned());
-            bar.enable_steady_tick(Duration::from_millis(120));
-            self.spinner = Some(bar);
-        }
+        progress::begin(name);
     }
 
     /// The running phase is over.
     pub fn end(&mut self) {
-        if let Some((name, start)) = self.current.take() {
-            self.clear();
-            self.done(&name, u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX));
+        if let Some((name, took)) = progress::end() {
+            self.done(&name, u64::try_from(took.as_millis()).unwrap_or(u64::MAX));
         }
     }
 
-    /// The running phase is over and was only the sum of others: it is not reported.
-    pub fn forget(&mut self) {
-        self.clear();
-        self.current = None;
+    /// The running phase is over and was only the sum of others, or failed: it is not reported. Its name.
+    pub fn forget(&mut self) -> Option<String> {
+        progress::end().map(|(name, _)| name)
     }
 
     /// A phase that someone else has timed.
     pub fn done(&mut self, name: &str, ms: u64) {
-        self.say(&format!("  {:<28} {:>8.1} s", name, Duration::from_millis(ms).as_secs_f64()));
+        progress::say(&format!("  {:<28} {:>8.1} s", name, Duration::from_millis(ms).as_secs_f64()));
         self.phases.push(Phase { name: name.to_owned(), ms });
-    }
-
-    /// A line between the phases.
-    pub fn say(&self, text: &str) {
-        match &self.spinner {
-            Some(bar) => bar.suspend(|| println!("{text}")),
-            None => println!("{text}"),
-        }
-    }
-
-    /// Name of the running phase.
-    pub fn current(&self) -> Option<&str> {
-        self.current.as_ref().map(|(name, _)| name.as_str())
-    }
-
-    /// Removes the spinner, for a shell or an error.
-    pub fn clear(&mut self) {
-        if let Some(bar) = self.spinner.take() {
-            bar.finish_and_clear();
-        }
     }
 
     /// All phases that ended.

@@ -13,8 +13,12 @@ usage: hv-conformance [--list] [--json] [NAME]...
 Runs the cases whose names contain one of the NAMEs, or all, on this host's hypervisor.
 
   --list   print the names and stop
-  --json   print one JSON object per line instead of text
+  --json   print one JSON object per line instead of text; before a case that hangs is interrupted, {\"hangs\": CASE},
+           and then there are 5 seconds to look at this process
 ";
+
+/// Time between `hangs` and the interruption.
+const TIME_TO_LOOK: Duration = Duration::from_secs(5);
 
 #[derive(Default)]
 struct Options {
@@ -72,7 +76,7 @@ fn run(cases: &[Case], json: bool) -> outboard_hypervisor::Result<usize> {
         let (verdict, took) = if stuck {
             (Verdict::Skipped("an earlier case is stuck and keeps its VM".into()), Duration::ZERO)
         } else {
-            conformance::run(case, &hypervisor, &capabilities)
+            conformance::run(case, &hypervisor, &capabilities, &|case| announce_hang(case, json))
         };
         match &verdict {
             Verdict::Passed => passed += 1,
@@ -91,6 +95,13 @@ fn run(cases: &[Case], json: bool) -> outboard_hypervisor::Result<usize> {
         println!("{passed} passed, {failed} failed, {skipped} skipped");
     }
     Ok(failed)
+}
+
+fn announce_hang(case: &Case, json: bool) {
+    if json {
+        println!("{}", json!({ "hangs": case.name }));
+        std::thread::sleep(TIME_TO_LOOK);
+    }
 }
 
 fn print_case(case: &Case, verdict: &Verdict, took: Duration, json: bool) {

@@ -7,6 +7,12 @@ use crate::GICR_STRIDE;
 /// The register that holds [`REPORT`] in every program of [`start`].
 pub const REPORT_BASE: u8 = 28;
 
+/// The register in which the IRQ handler counts the interrupts it took.
+pub const IRQS_TAKEN: u8 = 25;
+
+/// The register in which a program counts those of them that it has waited for.
+pub const IRQS_USED: u8 = 27;
+
 /// How a program's SPI is triggered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Trigger {
@@ -18,7 +24,7 @@ pub enum Trigger {
 
 /// The vectors (Arm DDI 0487, D1.4.1.5). The handlers use X20 to X26:
 /// - synchronous: stores ESR, ELR and FAR at [`FAULT`], then goes on behind the instruction;
-/// - IRQ: turns the virtual timer off, acknowledges, stores the INTID at [`IRQ`], ends the interrupt, counts it in X25.
+/// - IRQ: turns the virtual timer off, acknowledges, stores the INTID at [`IRQ`], ends the interrupt, counts it in X25 ([`IRQS_TAKEN`]).
 pub fn vectors() -> Asm {
     let mut a = Asm::at(VECTORS);
     a.pad_to(0x200);

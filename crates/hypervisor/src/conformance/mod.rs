@@ -58,11 +58,13 @@ pub enum Verdict {
     Stuck(String),
 }
 
-/// Runs one case on `hypervisor`, and says how it ended and how long it took.
+/// Runs one case on `hypervisor`, and says how it ended and how long it took. `hangs` is called once before a case
+/// that hangs is interrupted: the time to look at what it does.
 pub fn run(
     case: &Case,
     hypervisor: &Arc<dyn Hypervisor>,
     capabilities: &Capabilities,
+    hangs: &dyn Fn(&Case),
 ) -> (Verdict, Duration) {
     let started = Instant::now();
     let context = Arc::new(Context::new(Arc::clone(hypervisor), capabilities.clone()));
@@ -76,7 +78,10 @@ pub fn run(
         return (Verdict::Failed(format!("starting a thread: {error}")), started.elapsed());
     }
     let verdict = match result.recv_timeout(case.limit) {
-        Err(RecvTimeoutError::Timeout) => give_up(case, &context, &result),
+        Err(RecvTimeoutError::Timeout) => {
+            hangs(case);
+            give_up(case, &context, &result)
+        }
         ended => verdict(ended.ok()),
     };
     (verdict, started.elapsed())

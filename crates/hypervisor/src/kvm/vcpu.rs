@@ -110,6 +110,17 @@ impl KvmVcpu {
         }
     }
 
+    /// Has KVM do what it puts off to a vCPU's first run, without entering the guest. The caller sees to it that the VM's vCPUs do this one
+    /// after the other: Linux 6.1 marks the interrupt controller as ready before its distributor is there (`kvm_vgic_map_resources`), so that a
+    /// vCPU whose first run comes at that moment enters the guest, and the guest's accesses to the distributor come out as exits.
+    pub fn prepare(&mut self) -> Result<()> {
+        self.binding.set_immediate_exit(true);
+        match self.enter()? {
+            Raw::Interrupted => Ok(()),
+            _ => self.fail("the guest ran, although its vCPU was only to be prepared".into()),
+        }
+    }
+
     /// One KVM_RUN.
     fn enter(&mut self) -> Result<Raw> {
         let exit = match self.fd.run() {

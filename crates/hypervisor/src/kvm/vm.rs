@@ -210,7 +210,10 @@ impl Vm for KvmVm {
             return Err(Error::WrongPhase("this vCPU is bound to a thread already, for good"));
         }
         kick::set_priority(index, vm.options.vcpu.priority)?;
-        Ok(Box::new(KvmVcpu::bind(slot, index, frame.clone(), Arc::clone(vm))?))
+        let mut vcpu = KvmVcpu::bind(slot, index, frame.clone(), Arc::clone(vm))?;
+        // With `vcpus` locked: one after the other.
+        vcpu.prepare()?;
+        Ok(Box::new(vcpu))
     }
 
     fn bind_doorbell(&self, ipa: u64, width: u8, value: Option<u32>, event: BorrowedFd<'_>) -> Result<()> {

@@ -17,6 +17,12 @@ struct Line {
     reason: Option<String>,
 }
 
+/// What it prints before it interrupts a case that hangs.
+#[derive(Deserialize)]
+struct Hang {
+    hangs: String,
+}
+
 pub(super) fn cases() -> Vec<Case> {
     vec![Case {
         name: "hv-conformance",
@@ -40,7 +46,13 @@ fn host(host: &Host) -> Result<Option<String>> {
     let mut count = 0;
     for line in BufReader::new(output).lines() {
         // The last line has the counts, which are made here.
-        let Ok(line) = serde_json::from_str::<Line>(&line?) else { continue };
+        let line = line?;
+        if let Ok(Hang { hangs }) = serde_json::from_str(&line) {
+            // The suite gives a few seconds for this.
+            host.describe_stuck(child.id(), &hangs);
+            host.log(format!("{hangs} hangs: {}-{hangs}.stuck.log says where", host.case()));
+        }
+        let Ok(line) = serde_json::from_str::<Line>(&line) else { continue };
         count += 1;
         let reason = line.reason.unwrap_or_default();
         let outcome = match line.result.as_str() {

@@ -115,6 +115,12 @@ impl Host {
         RunningVm::start(spec, &logs, &stem, self.stream_console.get())
     }
 
+    /// Writes what this host's kernel knows of process `pid`, which has a VM and does not go on, to the log `CASE-NAME.stuck.log`.
+    pub fn describe_stuck(&self, pid: u32, name: &str) {
+        let log = Path::new(OUT).join("logs").join(format!("{}-{name}.stuck.log", self.case));
+        stuck::describe(pid, &log);
+    }
+
     /// Has the emulator that this host runs in do what `command` says, as a person would type it at its monitor: hardware comes and goes. Returns
     /// what it said, mostly nothing. For cases that read nothing else from their standard input.
     pub fn monitor(&self, command: &str) -> Result<String> {

@@ -12,7 +12,8 @@ pub const DEBUGFS: &str = "/sys/kernel/debug";
 /// often its vCPUs have left the guest.
 pub(super) fn describe(pid: u32, to: &Path) {
     let mut text = String::new();
-    for entry in folder(&PathBuf::from(format!("/proc/{pid}/task"))) {
+    let threads = folder(&PathBuf::from(format!("/proc/{pid}/task")));
+    for entry in &threads {
         for name in ["comm", "stat", "wchan", "syscall", "stack"] {
             let _ = writeln!(text, "{}/{name}: {}", entry.display(), read(&entry.join(name)).trim_end());
         }
@@ -23,7 +24,8 @@ pub(super) fn describe(pid: u32, to: &Path) {
         }
         let vms = folder(&Path::new(DEBUGFS).join("kvm")).into_iter();
         let is_ours = |path: &PathBuf| {
-            path.file_name().is_some_and(|n| n.to_string_lossy().starts_with(&format!("{pid}-")))
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            is_made_by(&name, threads.iter().filter_map(|thread| thread.file_name()?.to_str()))
         };
         for vm in vms.filter(is_ours) {
             describe_folder(&vm, &mut text);
@@ -31,6 +33,12 @@ pub(super) fn describe(pid: u32, to: &Path) {
     }
     // For people, when a case has failed already.
     let _ = fs::write(to, text);
+}
+
+/// Whether the debugging folder called `name` (`ID-DESCRIPTOR`) is of a VM that one of `threads` made: KVM takes the thread's number, not the
+/// process's.
+fn is_made_by<'a>(name: &str, mut threads: impl Iterator<Item = &'a str>) -> bool {
+    name.split_once('-').is_some_and(|(maker, _)| threads.any(|thread| thread == maker))
 }
 
 fn describe_folder(at: &Path, text: &mut String) {
@@ -53,4 +61,16 @@ fn folder(at: &Path) -> Vec<PathBuf> {
 
 fn read(at: &Path) -> String {
     fs::read(at).map_or_else(|e| format!("({e})"), |bytes| String::from_utf8_lossy(&bytes).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_made_by;
+
+    #[test]
+    fn a_vm_is_its_threads() {
+        assert!(is_made_by("5816-4", ["5815", "5816"].into_iter()));
+        assert!(!is_made_by("58-4", ["5815", "5816"].into_iter()));
+        assert!(!is_made_by("exits", ["5815"].into_iter()));
+    }
 }

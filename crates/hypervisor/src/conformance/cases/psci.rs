@@ -263,6 +263,9 @@ fn all_of_32(context: &Context) -> Outcome {
         let mut seen = vec![Vec::new(); VCPUS as usize];
         for _ in 0..5 * others {
             let (index, ipa, value) = crew.next_store()?;
+            if ipa != REPORT && ipa != IRQ {
+                return fail(format!("vCPU {index} made an exit with a store of {value:#x} at {ipa:#x}"));
+            }
             seen[index as usize].push((ipa, value & 0xff_00ff_ffff));
         }
         // The secondary's SGI may come before the result of its CPU_ON is reported.
