@@ -1,5 +1,9 @@
 //! Disk images and block devices of the host, raw and qcow2.
 
+// What the tests share names this crate as those outside of it do.
+#[cfg(test)]
+extern crate self as outboard_disk_image;
+
 mod device;
 mod disk;
 mod error;

@@ -201,8 +201,9 @@ pub fn structure(file: &File, header: &Header, len: u64) -> Result<(), Verdict> 
     Ok(())
 }
 
-/// Looks at everything that a write relies on, the structure included.
-pub fn soundness(file: &File, header: &Header, len: u64) -> Result<(), Verdict> {
+/// Looks at everything that a write relies on, the structure included. The number of clusters that are counted too often, which
+/// is lost room and no more.
+pub fn soundness(file: &File, header: &Header, len: u64) -> Result<u64, Verdict> {
     if header.has_live_bitmaps() {
         return fault(
             "it has dirty bitmaps, which a write would make wrong (`qemu-img bitmap --remove` takes one away)",
@@ -376,33 +377,39 @@ fn snapshots(tables: &mut Tables<'_>, uses: &mut Uses) -> Result<(), Verdict> {
     uses.add(header.snapshots_offset, at - header.snapshots_offset, Use::Metadata)
 }
 
-/// Every use is counted, and the copied flags are right.
-fn compare(tables: &mut Tables<'_>, uses: &Uses, blocks: &[u64]) -> Result<(), Verdict> {
+/// Every use is counted, and the copied flags are right; the number of clusters that are counted too often.
+fn compare(tables: &mut Tables<'_>, uses: &Uses, blocks: &[u64]) -> Result<u64, Verdict> {
     let header = tables.header;
     // Refcounts in a block.
-    let per_block = (header.cluster() * 8) >> header.refcount_order;
+    let per_block = ((header.cluster() * 8) >> header.refcount_order) as usize;
     let mut buffer = Vec::new();
-    for (number, uses_of_block) in uses.clusters.chunks(per_block as usize).enumerate() {
-        let first = number as u64 * per_block;
+    let mut leaked = 0;
+    for number in 0..blocks.len().max(uses.clusters.len().div_ceil(per_block)) {
+        let first = number.saturating_mul(per_block);
         match blocks.get(number) {
             Some(offset) if *offset != 0 => {
                 tables.read_into(&mut buffer, "a refcount block", *offset, header.cluster())?;
             }
-            // There is none: zero for all that it would hold.
+            // There is none: zero for all that it would hold, also for what is not in the file.
+            _ if first >= uses.clusters.len() => continue,
             _ => {
                 buffer.clear();
                 buffer.resize(header.cluster() as usize, 0);
             }
         }
-        for (index, used) in uses_of_block.iter().enumerate() {
+        for index in 0..per_block {
+            let used = uses.clusters.get(first.saturating_add(index)).copied().unwrap_or(0);
             let refcount = refcount(&buffer, index, header.refcount_order);
-            compare_one(first + index as u64, *used, refcount)?;
+            if compare_one(first.saturating_add(index), used, refcount)? {
+                leaked += 1;
+            }
         }
     }
-    Ok(())
+    Ok(leaked)
 }
 
-fn compare_one(cluster: u64, used: u32, refcount: u64) -> Result<(), Verdict> {
+/// It is counted more often than it is used.
+fn compare_one(cluster: usize, used: u32, refcount: u64) -> Result<bool, Verdict> {
     let count = u64::from(used & flag::COUNT);
     if refcount < count {
         return fault(format!("cluster {cluster} has a refcount of {refcount} but is used {count} times"));
@@ -412,7 +419,7 @@ fn compare_one(cluster: u64, used: u32, refcount: u64) -> Result<(), Verdict> {
             "the copied flag for cluster {cluster} contradicts its refcount of {refcount}"
         ));
     }
-    Ok(())
+    Ok(refcount > count)
 }
 
 /// Number `index` of a refcount block, whose numbers have `1 << order` bits; those below a byte begin with the low bits.

@@ -6,6 +6,8 @@
 mod check;
 mod header;
 mod storage;
+#[cfg(test)]
+mod tests;
 mod zstd;
 
 use crate::open::{file_len, open_locked};
@@ -141,7 +143,15 @@ impl Chain<'_> {
         check_features(path, &header, writable)?;
         check::structure(&file, &header, len).map_err(verdict)?;
         if writable {
-            check::soundness(&file, &header, len).map_err(|verdict| refuse(path, verdict, true))?;
+            let leaked =
+                check::soundness(&file, &header, len).map_err(|verdict| refuse(path, verdict, true))?;
+            if leaked > 0 {
+                let path = path.display();
+                tracing::info!(
+                    "{path}: {leaked} clusters are lost room, as a process that was killed leaves them: \
+                     `qemu-img check -r leaks {path}` gives it back while no machine runs"
+                );
+            }
         }
         let backing = match &header.backing {
             Some(name) => Some(self.open_backing(path, name, header.backing_format.as_deref())?),
