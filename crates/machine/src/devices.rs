@@ -44,7 +44,7 @@ impl DeviceKind {
 
 /// Opens the disks of `spec`.
 pub(crate) fn open_disks(spec: &MachineSpec) -> Result<Vec<Disk>, Error> {
-    spec.disks.iter().map(|disk| Ok(Disk::open(&disk.path, disk.options)?)).collect()
+    spec.disks.iter().map(|disk| Ok(Disk::open(&disk.path, &disk.options)?)).collect()
 }
 
 /// What the guest talks to, open. A machine takes the devices when it is built and gives them back when it stops.

@@ -45,7 +45,7 @@ pub struct MachineSpec {
     pub vcpu: VcpuOptions,
 }
 
-/// A disk image and how to open it: `PATH[:ro][,format=raw|qcow2]`.
+/// A disk image and how to open it: `PATH[:ro][,format=raw|qcow2][,backing=PATH]…`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskSpec {
     /// The image.
@@ -59,14 +59,16 @@ impl FromStr for DiskSpec {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let mut options = DiskOptions::default();
-        // Only a known ending is taken off, so that a path may hold commas.
+        // Only known endings are taken off, so that a path may hold commas.
         let mut path = text;
-        if let Some((rest, format)) = text.rsplit_once(",format=") {
-            options.format = match format {
-                "raw" => DiskFormat::Raw,
-                "qcow2" => DiskFormat::Qcow2,
-                _ => return Err(format!("unknown format '{format}'; known are raw and qcow2")),
-            };
+        while let Some((rest, key, value)) = last_option(path) {
+            match (key, value) {
+                ("backing", "") => return Err("backing= needs the path of a backing file".into()),
+                ("backing", file) => options.backing.insert(0, file.into()),
+                (_, "raw") => options.format = DiskFormat::Raw,
+                (_, "qcow2") => options.format = DiskFormat::Qcow2,
+                (_, other) => return Err(format!("unknown format '{other}'; known are raw and qcow2")),
+            }
             path = rest;
         }
         if let Some(rest) = path.strip_suffix(":ro") {
@@ -74,10 +76,19 @@ impl FromStr for DiskSpec {
             path = rest;
         }
         if path.is_empty() {
-            return Err("no path is given; write PATH[:ro][,format=raw|qcow2]".into());
+            return Err("no path is given; write PATH[:ro][,format=raw|qcow2][,backing=PATH]".into());
         }
         Ok(Self { path: path.into(), options })
     }
+}
+
+/// The last option of a disk: what is before it, its key and its value.
+fn last_option(text: &str) -> Option<(&str, &str, &str)> {
+    let format = text.rfind(",format=").map(|at| (at, "format"));
+    let backing = text.rfind(",backing=").map(|at| (at, "backing"));
+    let (at, key) = format.max(backing)?;
+    // The comma and the equals sign.
+    Some((&text[..at], key, &text[at + key.len() + 2..]))
 }
 
 impl fmt::Display for DiskSpec {
@@ -239,9 +250,14 @@ mod tests {
     fn disks_are_a_path_with_known_endings() {
         let disk: DiskSpec = "a,b.img:ro,format=raw".parse().unwrap();
         assert_eq!(disk.path, PathBuf::from("a,b.img"));
-        assert_eq!(disk.options, DiskOptions { read_only: true, format: DiskFormat::Raw });
+        let options = DiskOptions { read_only: true, format: DiskFormat::Raw, ..DiskOptions::default() };
+        assert_eq!(disk.options, options);
         assert_eq!("x:y".parse::<DiskSpec>().unwrap().path, PathBuf::from("x:y"));
-        for text in ["", ":ro", "x,format=vhd"] {
+        let disk: DiskSpec = "top.qcow2:ro,backing=a,b.qcow2,format=qcow2,backing=/c.raw".parse().unwrap();
+        assert_eq!(disk.path, PathBuf::from("top.qcow2"));
+        let backing = vec![PathBuf::from("a,b.qcow2"), PathBuf::from("/c.raw")];
+        assert_eq!(disk.options, DiskOptions { read_only: true, format: DiskFormat::Qcow2, backing });
+        for text in ["", ":ro", "x,format=vhd", "x,backing=", ",backing=x"] {
             assert!(text.parse::<DiskSpec>().is_err(), "{text}");
         }
     }

@@ -44,8 +44,8 @@ pub struct RunArgs {
     #[arg(long, value_name = "WHERE", default_value = "none")]
     virtio_console: ConsoleTarget,
 
-    /// Disk image, raw or qcow2 by its name; may be given several times.
-    #[arg(long = "disk", value_name = "PATH[:ro][,format=raw|qcow2]")]
+    /// Disk image, raw or qcow2 by its name, and the backing files it may have; may be given several times.
+    #[arg(long = "disk", value_name = "PATH[:ro][,format=raw|qcow2][,backing=PATH]")]
     disks: Vec<DiskSpec>,
 
     /// User-mode network, such as user,forward=127.0.0.1:2222:22; may be given several times.

@@ -92,6 +92,16 @@ impl<'m> Buffers<'m> {
         })
     }
 
+    /// Moves up to `count` bytes from the front to the end of `piece`; the number of bytes, less than asked for only at the end.
+    pub fn take(&mut self, count: u64, piece: &mut Vec<GuestSlice<'m>>) -> u64 {
+        let count = usize::try_from(count).unwrap_or(usize::MAX);
+        let taken = self.consume(count, |_, slice| {
+            piece.push(slice);
+            slice.len()
+        });
+        taken as u64
+    }
+
     fn consume(&mut self, count: usize, mut each: impl FnMut(usize, GuestSlice<'m>) -> usize) -> usize {
         let mut done = 0;
         while done < count && self.first < self.slices.len() {

@@ -1,27 +1,18 @@
-//! Block device (virtio 1.2, section 5.2): a raw or qcow2 image, one worker for each queue.
+//! Block device (virtio 1.2, section 5.2): an image of crates/disk-image, one worker for each queue.
 
-mod disk;
-mod error;
-mod qcow2;
-mod raw;
 mod request;
 
 #[cfg(test)]
 mod tests;
 
-pub use disk::{Disk, DiskFormat, DiskOptions};
-pub use error::DiskError;
+pub use outboard_disk_image::{Disk, DiskError, DiskFormat, DiskHealth, DiskOptions, MAX_BACKING_FILES};
 
 use crate::{Activation, ActiveQueue, GuestMemory, Health, VirtioDevice, VirtioInterrupt, WorkQueue, Worker};
-use raw::Scratch;
+use outboard_disk_image::{SECTOR, Scratch};
 use request::{ID_LEN, Server};
 use std::io;
 use std::sync::Arc;
 
-/// Bytes of the sector that requests count in.
-const SECTOR: u64 = 512;
-/// Most backing files behind an image.
-pub const MAX_BACKING_FILES: usize = 64;
 /// Most sectors of one discard or write-zeroes range (64 MiB): bounds how long a reset waits for one.
 const MAX_RANGE_SECTORS: u32 = (64 << 20) / SECTOR as u32;
 /// Most ranges of one discard or write-zeroes request.
@@ -84,7 +75,8 @@ impl Block {
         let (health, for_failure) = (self.health.clone(), Arc::clone(&interrupt));
         Worker::spawn(&thread, wake, &self.health, for_failure, move |stop| {
             let scratch = Scratch::default();
-            let mut server = Server { name: &name, disk: &disk, id, write_through, scratch, health: &health };
+            let mut server =
+                Server { name: &name, disk: &disk, id, write_through, stop, scratch, health: &health };
             WorkQueue::new(queue, &memory, interrupt).serve(stop, |request| server.serve(request));
         })
     }

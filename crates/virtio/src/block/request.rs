@@ -1,8 +1,8 @@
 //! One block request (virtio 1.2, section 5.2.6).
 
-use super::raw::Scratch;
-use super::{Disk, MAX_RANGE_SECTORS, MAX_RANGES, SECTOR};
-use crate::{Health, QueueError, Request};
+use super::{Disk, MAX_RANGE_SECTORS, MAX_RANGES, SECTOR, Scratch};
+use crate::queue::Buffers;
+use crate::{Health, QueueError, Request, Stop};
 use outboard_bus::warn_limited;
 use std::io;
 
@@ -19,6 +19,8 @@ const S_UNSUPP: u8 = 2;
 
 /// Flag of a discard or write-zeroes range: the room may go.
 const UNMAP: u32 = 1;
+/// Most bytes that go to the image in one piece: a request may have 4 GiB, and a reset waits for no more than one piece.
+const PIECE: u64 = 4 << 20;
 /// Bytes of a disk's serial number.
 pub const ID_LEN: usize = 20;
 
@@ -29,6 +31,8 @@ pub struct Server<'a> {
     pub id: [u8; ID_LEN],
     /// The driver cannot flush, so every write must be durable by itself (virtio 1.2, section 5.2.6.2).
     pub write_through: bool,
+    /// The worker is to end: a request that is not done fails.
+    pub stop: &'a Stop,
     pub scratch: Scratch,
     /// A disk whose code has panicked once is in an unknown state: from then on every request is an I/O error.
     pub health: &'a Health,
@@ -41,6 +45,8 @@ enum Failure {
     Unsupported,
     /// The device has failed before.
     DeviceFailed,
+    /// The device is being reset.
+    Stopped,
 }
 
 impl From<io::Error> for Failure {
@@ -63,7 +69,7 @@ impl Server<'_> {
         let (code, written) = match self.contained(kind, sector, request) {
             Ok(written) => (S_OK, written + 1),
             Err(Failure::Unsupported) => (S_UNSUPP, 0),
-            Err(Failure::Refused | Failure::DeviceFailed) => (S_IOERR, 0),
+            Err(Failure::Refused | Failure::Stopped | Failure::DeviceFailed) => (S_IOERR, 0),
             Err(Failure::Io(error)) => {
                 warn_limited!("{}: request {kind} at sector {sector} failed: {error}", self.name);
                 (S_IOERR, 0)
@@ -88,13 +94,13 @@ impl Server<'_> {
             T_IN => {
                 let len = request.writable.len();
                 let offset = self.checked(sector, len)?;
-                self.disk.read(request.writable.slices(), offset, &mut self.scratch)?;
+                self.in_pieces(&mut request.writable, offset, Disk::read)?;
                 // A chain is shorter than 4 GiB.
                 Ok(len as u32)
             }
             T_OUT => {
                 let offset = self.checked(sector, request.readable.len())?;
-                self.disk.write(request.readable.slices(), offset, &mut self.scratch)?;
+                self.in_pieces(&mut request.readable, offset, Disk::write)?;
                 self.settle()?;
                 Ok(0)
             }
@@ -107,6 +113,31 @@ impl Server<'_> {
             }
             _ => Err(Failure::Unsupported),
         }
+    }
+
+    /// Moves `buffers` to or from the disk at `offset`, piece by piece.
+    fn in_pieces(
+        &mut self,
+        buffers: &mut Buffers<'_>,
+        mut offset: u64,
+        transfer: fn(&Disk, &[crate::GuestSlice<'_>], u64, &mut Scratch) -> io::Result<()>,
+    ) -> Result<(), Failure> {
+        if buffers.len() <= PIECE {
+            return Ok(transfer(self.disk, buffers.slices(), offset, &mut self.scratch)?);
+        }
+        let mut piece = Vec::new();
+        while !buffers.is_empty() {
+            self.go_on()?;
+            piece.clear();
+            let len = buffers.take(PIECE, &mut piece);
+            transfer(self.disk, &piece, offset, &mut self.scratch)?;
+            offset += len;
+        }
+        Ok(())
+    }
+
+    fn go_on(&self) -> Result<(), Failure> {
+        if self.stop.requested() { Err(Failure::Stopped) } else { Ok(()) }
     }
 
     fn settle(&self) -> io::Result<()> {
@@ -146,6 +177,7 @@ impl Server<'_> {
             if bytes == 0 {
                 continue;
             }
+            self.go_on()?;
             match kind {
                 T_DISCARD => self.disk.discard(offset, bytes)?,
                 _ => self.disk.write_zeroes(offset, bytes, flags & UNMAP != 0)?,

@@ -1,7 +1,6 @@
-//! The block device through its driver's eyes. Opening of images is tested in `open`, survival of SIGKILL in `kill`.
+//! The block device through its driver's eyes. Survival of SIGKILL is tested in `kill`, opening of images in crates/disk-image.
 
 mod kill;
-mod open;
 
 use super::*;
 use crate::testing::{Driver, RAM, RAM_BASE};
@@ -49,7 +48,17 @@ fn writable(path: &Path) -> Driver {
 }
 
 fn driver(path: &Path, options: DiskOptions, vcpus: u32) -> Driver {
-    let disk = Disk::open(path, options).unwrap();
+    let disk = Disk::open(path, &options).unwrap();
+    of_disk(disk, vcpus)
+}
+
+/// For an image that names backing files, which are these.
+fn over(path: &Path, backing: &[&Path]) -> Driver {
+    let backing = backing.iter().map(|path| path.to_path_buf()).collect();
+    driver(path, DiskOptions { backing, ..DiskOptions::default() }, 2)
+}
+
+fn of_disk(disk: Disk, vcpus: u32) -> Driver {
     let mut driver = Driver::new(Box::new(Block::new("blk0", "serial-0123456789-and-more", disk, vcpus)));
     driver.start(u64::MAX, 128);
     driver
@@ -60,7 +69,7 @@ fn driver(path: &Path, options: DiskOptions, vcpus: u32) -> Driver {
 fn a_failed_disk_answers_every_request_with_an_error() {
     let dir = TempDir::new().unwrap();
     let path = raw_image(&dir, MIB);
-    let disk = Disk::open(&path, DiskOptions::default()).unwrap();
+    let disk = Disk::open(&path, &DiskOptions::default()).unwrap();
     let block = Block::new("blk0", "serial", disk, 1);
     let health = block.health().clone();
     let mut driver = Driver::new(Box::new(block));
@@ -115,9 +124,13 @@ fn pattern(seed: u64, len: usize) -> Vec<u8> {
 }
 
 fn both(test: impl Fn(&Path)) {
+    both_of(8 * MIB, test);
+}
+
+fn both_of(len: u64, test: impl Fn(&Path)) {
     let dir = TempDir::new().unwrap();
-    test(&raw_image(&dir, 8 * MIB));
-    test(&qcow2_image(&dir, "disk.qcow2", 8 * MIB, None));
+    test(&raw_image(&dir, len));
+    test(&qcow2_image(&dir, "disk.qcow2", len, None));
 }
 
 #[test]
@@ -303,11 +316,12 @@ fn backing_files_show_through_and_stay() {
     let raw = raw_image(&dir, 4 * MIB);
     std::fs::write(&raw, pattern(1, 4 * MIB as usize)).unwrap();
     qcow2_image(&dir, "middle.qcow2", 4 * MIB, Some(("disk.img", "raw")));
-    let mut d = writable(&dir.path().join("middle.qcow2"));
+    let middle = dir.path().join("middle.qcow2");
+    let mut d = over(&middle, &[&raw]);
     assert_eq!(write(&mut d, 8, &[0x11; 4096]), 0);
     drop(d);
     let top = qcow2_image(&dir, "top.qcow2", 4 * MIB, Some(("middle.qcow2", "qcow2")));
-    let mut d = writable(&top);
+    let mut d = over(&top, &[&middle, &raw]);
     assert_eq!(write(&mut d, 4, &[0x22; 512]), 0);
     let mut expected = pattern(1, 64 * 512);
     expected[4096..8192].fill(0x11);
@@ -355,7 +369,7 @@ fn qemu_agrees_about_the_content() {
 fn without_flush_every_write_is_durable() {
     let dir = TempDir::new().unwrap();
     let path = qcow2_image(&dir, "disk.qcow2", MIB, None);
-    let disk = Disk::open(&path, DiskOptions::default()).unwrap();
+    let disk = Disk::open(&path, &DiskOptions::default()).unwrap();
     let mut d = Driver::new(Box::new(Block::new("blk0", "", disk, 1)));
     d.start(!feature::FLUSH, 16);
     assert_eq!(write(&mut d, 0, &[7; 512]), 0);
@@ -414,6 +428,49 @@ fn resets_in_the_middle_of_requests() {
             d.start(u64::MAX, 128);
         }
         assert_eq!(write(&mut d, 0, &[1; 512]), 0);
+    });
+}
+
+/// A damaged image: its header says that there is no refcount table. QEMU refuses it; a write must neither crash nor land in the header.
+#[test]
+fn an_image_without_a_refcount_table_is_refused_or_left_whole() {
+    use std::os::unix::fs::FileExt;
+    let dir = TempDir::new().unwrap();
+    let path = qcow2_image(&dir, "disk.qcow2", 8 * MIB, None);
+    let file = std::fs::File::options().read(true).write(true).open(&path).unwrap();
+    // refcount_table_clusters
+    file.write_all_at(&[0; 4], 56).unwrap();
+    let mut before = [0; 72];
+    file.read_exact_at(&mut before, 0).unwrap();
+    if let Ok(disk) = Disk::open(&path, &DiskOptions::default()) {
+        let mut driver = of_disk(disk, 1);
+        write(&mut driver, 0, &[0x55; 4096]);
+        send(&mut driver, 4, 0, &[]);
+    }
+    let mut after = [0; 72];
+    file.read_exact_at(&mut after, 0).unwrap();
+    assert_eq!(after[..56], before[..56], "the guest's data went over the header");
+}
+
+/// A request of almost 1 GiB, made of one buffer again and again, does not hold up a reset.
+#[test]
+fn a_reset_does_not_wait_for_the_whole_of_a_large_request() {
+    both_of(1 << 30, |path| {
+        for kind in [0, 1] {
+            let mut d = driver(path, DiskOptions::default(), 1);
+            let at = d.put(&vec![1; 8 << 20]);
+            let (out, status) = (d.put(&header(kind, 0)), d.put(&[0xee]));
+            let mut buffers = vec![(out, 16, false)];
+            buffers.extend((0..120).map(|_| (at, 8 << 20, kind == 0)));
+            buffers.push((status, 1, true));
+            d.add(0, &buffers);
+            d.kick(0);
+            std::thread::sleep(std::time::Duration::from_millis(2));
+            d.reset();
+            assert_ne!(d.get(status, 1), [0], "all of it was done before the reset");
+            d.start(u64::MAX, 128);
+            assert_eq!(write(&mut d, 0, &[1; 512]), 0);
+        }
     });
 }
 

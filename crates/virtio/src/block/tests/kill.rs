@@ -15,12 +15,18 @@ fn sector(n: u64) -> u64 {
     n * 1531 % SLOTS * (256 << 10) / 512
 }
 
+/// With the image beside it as backing file, if it is an overlay.
+fn open(path: &Path) -> Driver {
+    let base = path.with_file_name("disk.img");
+    if base != path && base.exists() { over(path, &[&base]) } else { writable(path) }
+}
+
 /// Writes slot after slot, zeroes an old one now and then, flushes, and says how far it has come.
 #[test]
 #[ignore = "the other half of survives_sigkill"]
 fn child() {
     let Some(path) = std::env::var_os(CHILD) else { return };
-    let mut d = writable(Path::new(&path));
+    let mut d = open(Path::new(&path));
     for n in 0..SLOTS {
         assert_eq!(write(&mut d, sector(n), &pattern(n, LEN)), 0);
         if n >= 40 && n % 10 == 0 {
@@ -72,7 +78,10 @@ fn survives_sigkill() {
                 raw_image(&dir, SLOTS << 18);
                 qcow2_image(&dir, &name, SLOTS << 18, Some(("disk.img", "raw")))
             }
-            _ => qcow2_image(&dir, &name, SLOTS << 18, None),
+            _ => {
+                let _ = std::fs::remove_file(dir.path().join("disk.img"));
+                qcow2_image(&dir, &name, SLOTS << 18, None)
+            }
         };
         let flushed = run_and_kill(&path, 3 + round * 2);
         if round % 4 != 0 {
@@ -85,7 +94,7 @@ fn survives_sigkill() {
                 Err(_) => eprintln!("round {round}: not checked, qemu-img is not installed"),
             }
         }
-        let mut d = writable(&path);
+        let mut d = open(&path);
         for n in 0..=flushed {
             // Slots that may have been zeroed since.
             if n % 10 != 0 {

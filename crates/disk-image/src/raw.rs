@@ -2,7 +2,7 @@
 
 #![allow(unsafe_code)] // UNSAFETY: preadv(2), pwritev(2) and fallocate(2) have no wrapper in std.
 
-use crate::GuestSlice;
+use crate::{GuestSlice, SECTOR};
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
@@ -18,22 +18,30 @@ pub struct Scratch(Vec<libc::iovec>);
 #[derive(Debug)]
 pub struct RawDisk {
     file: File,
+    /// Bytes of the file when it was opened.
+    file_len: u64,
 }
 
 type Transfer =
     unsafe extern "C" fn(libc::c_int, *const libc::iovec, libc::c_int, libc::off_t) -> libc::ssize_t;
 
 impl RawDisk {
-    pub fn new(file: File) -> Self {
-        Self { file }
+    /// A disk of `file`, which has `file_len` bytes.
+    pub fn new(file: File, file_len: u64) -> Self {
+        Self { file, file_len }
+    }
+
+    /// Bytes: as in QEMU, a last sector that the file has only the beginning of is a whole one, of zeros from there on.
+    pub fn len(&self) -> u64 {
+        self.file_len.next_multiple_of(SECTOR)
     }
 
     pub fn read(&self, slices: &[GuestSlice<'_>], offset: u64, scratch: &mut Scratch) -> io::Result<()> {
-        self.transfer(libc::preadv, slices, offset, scratch)
+        self.transfer(libc::preadv, slices, offset, scratch, true)
     }
 
     pub fn write(&self, slices: &[GuestSlice<'_>], offset: u64, scratch: &mut Scratch) -> io::Result<()> {
-        self.transfer(libc::pwritev, slices, offset, scratch)
+        self.transfer(libc::pwritev, slices, offset, scratch, false)
     }
 
     fn transfer(
@@ -42,6 +50,7 @@ impl RawDisk {
         slices: &[GuestSlice<'_>],
         mut offset: u64,
         Scratch(iovecs): &mut Scratch,
+        reads: bool,
     ) -> io::Result<()> {
         iovecs.clear();
         iovecs.extend(slices.iter().map(|slice| libc::iovec {
@@ -61,6 +70,9 @@ impl RawDisk {
                     continue;
                 }
                 return Err(error);
+            }
+            if n == 0 && reads && offset >= self.file_len {
+                return fill_tail(slices, iovecs[first..].iter().map(|iovec| iovec.iov_len).sum());
             }
             if n == 0 {
                 // The file has become shorter than it was when it was opened.
@@ -100,6 +112,19 @@ impl RawDisk {
         }
         Ok(())
     }
+}
+
+/// Zeros the last `len` bytes of `slices`, less than a sector.
+fn fill_tail(slices: &[GuestSlice<'_>], mut len: usize) -> io::Result<()> {
+    const ZEROS: [u8; SECTOR as usize] = [0; SECTOR as usize];
+    for slice in slices.iter().rev() {
+        let part = len.min(slice.len());
+        let Ok(tail) = slice.offset(slice.len() - part) else { unreachable!("part is within the slice") };
+        let Some(zeros) = ZEROS.get(..part) else { return Err(io::ErrorKind::UnexpectedEof.into()) };
+        tail.copy_from(zeros);
+        len -= part;
+    }
+    Ok(())
 }
 
 /// Drops `done` bytes from the front of `iovecs`; returns how many of them are used up.
