@@ -12,9 +12,9 @@ static void show_device(struct seq_file *file, struct odma_client *client)
 	struct odma_counts sum;
 
 	odma_sum(client, &sum);
-	seq_printf(file, "device %s bound %d live %lld hits %llu misses %llu waits %llu failed %llu refused %llu masked %llu unknown %llu\n",
-		   dev_name(client->dev), client->bound, sum.live, sum.hits, sum.misses, sum.waits, sum.failed,
-		   sum.refused, sum.masked, sum.unknown);
+	seq_printf(file, "device %s bound %d live %lld hits %llu misses %llu waits %llu failed %llu refused %llu masked %llu unknown %llu misused %llu\n",
+		   dev_name(client->dev), client->state == ODMA_BOUND, sum.live, sum.hits, sum.misses, sum.waits, sum.failed,
+		   sum.refused, sum.masked, sum.unknown, sum.misused);
 }
 
 /* Used share of a limit, in thousandths. */
