@@ -74,6 +74,7 @@ static bool take_apart(struct piece *piece, size_t alignment, bool may_sleep)
 	odma_unmap(dev, piece->whole_bus, piece->whole_size);
 	piece->whole_bus = bus;
 	piece->apart = true;
+	atomic64_inc(&piece->client->domain->apart);
 	this_cpu_inc(piece->client->counts->live);
 	return true;
 }
@@ -95,6 +96,7 @@ static bool take_aligned(struct piece *piece, gfp_t gfp, unsigned long attrs)
 	free_pages_exact(piece->whole, piece->whole_size);
 	if (!take(piece, piece->size + alignment - SZ_16K, gfp | __GFP_NOWARN, attrs))
 		return false;
+	atomic64_inc(&piece->client->domain->padded);
 	piece->bus = ALIGN(piece->whole_bus, alignment);
 	return true;
 }

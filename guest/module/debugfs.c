@@ -57,8 +57,11 @@ static int stats_show(struct seq_file *file, void *unused)
 	seq_printf(file, "exits %llu\nentries_sent %llu\n", stats.rings, stats.entries);
 	seq_printf(file, "host_no_space %llu\nhost_returning %llu\nhost_refused %llu\nlast_refusal %lld\n",
 		   stats.no_space, stats.returning, stats.refused, (s64)(s32)stats.last_refusal);
+	seq_printf(file, "coherent_apart %lld\ncoherent_padded %lld\n", atomic64_read(&domain->apart),
+		   atomic64_read(&domain->padded));
 	list_for_each_entry(client, &domain->clients, list)
-		show_device(file, client);
+		if (client->counts)
+			show_device(file, client);
 	mutex_unlock(&odma_mutex);
 	return 0;
 }

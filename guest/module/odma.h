@@ -71,6 +71,7 @@ struct odma_domain {
 	bool trimming;			/* the host has a batch of that queue; under trim_mutex */
 	atomic_t trims;			/* threads that trim, or are about to: the core and the domain stay */
 	u64 leaks;			/* mappings that drivers left behind */
+	atomic64_t apart, padded;	/* memory for both sides that no window brought out right: mapped by itself, made larger */
 };
 
 /* One function behind that root port. */
