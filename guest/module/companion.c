@@ -7,25 +7,32 @@
 #include <linux/module.h>
 #include <linux/panic_notifier.h>
 #include <linux/vmalloc.h>
+#include <linux/wait_bit.h>
 
 #include "trace.h"
 
 #define QUEUE(queue, reg) (ODMA_QUEUE_FIRST + (queue) * ODMA_QUEUE_STRIDE + (reg))
 #define QUEUE_BYTES (ODMA_MAX_BATCH * ODMA_ENTRY_BYTES)
+/* How long idle windows are given back at a time, and how long that is waited for by who needs its end. */
+#define TRIM_TIME (2 * HZ)
+#define TRIM_WAIT (10 * HZ)
 
 DEFINE_MUTEX(odma_mutex);
 LIST_HEAD(odma_domains);
 
 /* What the core calls. */
 
-static void ring(void *context, u32 queue, u32 count)
+void odma_ring(struct odma_domain *domain, u32 queue, u32 count)
 {
-	struct odma_domain *domain = context;
-
 	trace_odma_ring(&domain->pdev->dev, count);
 	/* writel orders the entries before the doorbell. The store traps: behind it the answers are there. */
 	writel(count, domain->regs + QUEUE(queue, ODMA_QUEUE_DOORBELL));
 	mb();
+}
+
+static void ring(void *context, u32 queue, u32 count)
+{
+	odma_ring(context, queue, count);
 }
 
 static u32 status(void *context, u32 queue)
@@ -129,8 +136,8 @@ static int find_ram(struct odma_core_config *config)
 	return config->ram_count ? 0 : -ENODEV;
 }
 
-/* Makes the core anew, with nothing mapped. Nobody may be using the old one. */
-static int make_core(struct odma_domain *domain)
+/* Makes the core anew, with nothing mapped. Nobody may be using the old one; whoever gives its windows back is waited for, which is bounded. */
+int odma_make_core(struct odma_domain *domain)
 {
 	struct odma_core_config config = {
 		.limit_bytes = domain->limit_bytes,
@@ -149,6 +156,8 @@ static int make_core(struct odma_domain *domain)
 
 	if (error)
 		return error;
+	if (!wait_var_event_timeout(&domain->trims, !atomic_read(&domain->trims), TRIM_WAIT))
+		return -EBUSY;
 	bytes = odma_core_bytes(&config);
 	if (!bytes) {
 		pci_err(domain->pdev, "limits of %llu bytes in %u mappings cannot be used\n", config.limit_bytes,
@@ -167,6 +176,7 @@ static int make_core(struct odma_domain *domain)
 	}
 	/* Cannot fail: it was asked how much memory it needs. */
 	domain->core = odma_core_create(&config, domain->core_memory, domain->core_bytes);
+	domain->trimming = false;
 	return WARN_ON(!domain->core) ? -EINVAL : 0;
 }
 
@@ -185,7 +195,7 @@ static void each_served(struct odma_domain *domain, bool save)
 	}
 }
 
-static void reset(struct odma_domain *domain)
+void odma_reset(struct odma_domain *domain)
 {
 	each_served(domain, true);
 	writel(ODMA_CONTROL_RESET, domain->regs + ODMA_CONTROL);
@@ -232,10 +242,10 @@ int odma_start(struct odma_domain *domain)
 
 	if (error)
 		return error;
-	if (domain->dirty || readl(domain->regs + ODMA_STATE) != ODMA_STATE_OFF)
-		reset(domain);
+	if (domain->dirty || odma_stray_master(domain) || readl(domain->regs + ODMA_STATE) != ODMA_STATE_OFF)
+		odma_reset(domain);
 	domain->dirty = false;
-	error = make_core(domain);
+	error = odma_make_core(domain);
 	if (error)
 		return error;
 	for (queue = 0; queue < domain->queue_count; queue++)
@@ -251,27 +261,54 @@ int odma_start(struct odma_domain *domain)
 	return 0;
 }
 
-/* Gives all idle windows back, while other calls go on: batches for later, in a queue that no CPU uses. Under odma_mutex. */
+/* Takes over what has become of the last batch, if there is one; false if the host still has it at `end`. Under trim_mutex. */
+static bool settle_trim(struct odma_domain *domain, u32 queue, unsigned long end)
+{
+	unsigned long flags;
+
+	if (!domain->trimming)
+		return true;
+	while (status(domain, queue) == ODMA_STATUS_BUSY) {
+		if (time_after(jiffies, end))
+			return false;
+		usleep_range(200, 1000);
+	}
+	local_irq_save(flags);
+	odma_core_trimmed(domain->core, queue);
+	local_irq_restore(flags);
+	domain->trimming = false;
+	return true;
+}
+
+/*
+ * Gives idle windows back, while other calls go on: batches for later, in a queue that no CPU uses. Not under odma_mutex, and not for longer than
+ * TRIM_TIME: what is left then stays mapped until the next time, and so does a batch that the host has not done. The caller has raised trims.
+ */
 void odma_trim(struct odma_domain *domain)
 {
 	u32 queue = domain->queue_count - 1, count;
+	unsigned long end = jiffies + TRIM_TIME, flags;
+	bool done;
 
-	do {
-		unsigned long flags;
-
+	mutex_lock(&domain->trim_mutex);
+	done = settle_trim(domain, queue, end);
+	while (done && time_before(jiffies, end)) {
 		local_irq_save(flags);
 		count = odma_core_trim(domain->core, queue);
 		local_irq_restore(flags);
 		if (!count)
 			break;
 		trace_odma_ring(&domain->pdev->dev, count);
+		domain->trimming = true;
 		writel(count, domain->regs + QUEUE(queue, ODMA_QUEUE_DOORBELL_LATER));
-		while (status(domain, queue) == ODMA_STATUS_BUSY)
-			usleep_range(200, 1000);
-		local_irq_save(flags);
-		odma_core_trimmed(domain->core, queue);
-		local_irq_restore(flags);
-	} while (count);
+		done = settle_trim(domain, queue, end);
+	}
+	if (!done)
+		pci_warn(domain->pdev, "the host has not given idle windows back in time; the next driver that goes asks again\n");
+	mutex_unlock(&domain->trim_mutex);
+	/* Nothing of the domain is touched behind this. */
+	if (atomic_dec_and_test(&domain->trims))
+		wake_up_var(&domain->trims);
 }
 
 static void free_domain(struct odma_domain *domain)
@@ -311,40 +348,15 @@ static struct odma_domain *new_domain(struct pci_dev *pdev)
 	domain->pdev = pdev;
 	raw_spin_lock_init(&domain->lock);
 	INIT_LIST_HEAD(&domain->clients);
-	INIT_DELAYED_WORK(&domain->tidy, odma_tidy);
+	INIT_WORK(&domain->settle, odma_settle);
+	mutex_init(&domain->trim_mutex);
+	atomic_set(&domain->trims, 0);
 	domain->regs = pci_iomap(pdev, 0, ODMA_BAR_BYTES);
 	if (!domain->regs || make_queues(domain)) {
 		free_domain(domain);
 		return NULL;
 	}
 	return domain;
-}
-
-/*
- * Starts to serve. A driver that binds from here on is served; one that was there before keeps the DMA device off until it has gone, and then the
- * next one starts it. So does the first one in a slot that is empty now (-ENXIO).
- */
-static int begin(struct odma_domain *domain)
-{
-	int error;
-
-	mutex_lock(&odma_mutex);
-	if (odma_adopt(domain)) {
-		/* A crashed kernel's mappings are no more its than ours. */
-		if (odma_running(domain))
-			reset(domain);
-		error = make_core(domain);
-	} else {
-		error = odma_start(domain);
-	}
-	if (error == -ENXIO)
-		error = 0;
-	if (!error)
-		list_add_tail(&domain->list, &odma_domains);
-	else
-		odma_disown(domain);
-	mutex_unlock(&odma_mutex);
-	return error;
 }
 
 /* The kernel has panicked: the other CPUs are stopped, no lock may be taken. The host is told, in case that nobody reads the console. */
@@ -388,7 +400,7 @@ static int probe(struct pci_dev *pdev, const struct pci_device_id *id)
 		goto release;
 	error = check(domain);
 	if (!error)
-		error = begin(domain);
+		error = odma_begin(domain);
 	if (error)
 		goto free;
 	pci_set_drvdata(pdev, domain);
@@ -414,12 +426,9 @@ static void remove(struct pci_dev *pdev)
 	ignore_panic(domain);
 	/* Unbinds what still uses it: nothing may be mapped when the device goes. */
 	odma_abandon(domain);
-	mutex_lock(&odma_mutex);
-	list_del(&domain->list);
-	mutex_unlock(&odma_mutex);
-	cancel_delayed_work_sync(&domain->tidy);
+	cancel_work_sync(&domain->settle);
+	wait_var_event(&domain->trims, !atomic_read(&domain->trims));
 	odma_debugfs_remove(domain);
-	reset(domain);
 	free_domain(domain);
 	pci_release_region(pdev, 0);
 	pci_disable_device(pdev);
@@ -445,6 +454,7 @@ static struct pci_driver driver = {
 	.probe = probe,
 	.remove = remove,
 	.shutdown = shutdown,
+	.driver.pm = &odma_pm,
 	/* Unbinding it by hand would take the mappings of running drivers away. */
 	.driver.suppress_bind_attrs = true,
 };

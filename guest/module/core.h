@@ -78,6 +78,55 @@ struct odma_window {
 	u64 live;
 };
 
+/* served.rs has the table of these. */
+enum odma_state {
+	ODMA_FREE = 0,
+	ODMA_FOREIGN = 1,
+	ODMA_BOUND = 2,
+	ODMA_REFUSED = 3,
+	ODMA_LEAVING = 4,
+};
+
+enum odma_event {
+	ODMA_FOUND = 0,
+	ODMA_TAKEN = 1,
+	ODMA_BIND = 2,
+	ODMA_DENIED = 3,
+	ODMA_UNBOUND = 4,
+	ODMA_PROBE_FAILED = 5,
+	ODMA_SETTLED = 6,
+	ODMA_REMOVED = 7,
+};
+
+/* In the order in which they are done. */
+enum odma_act {
+	ODMA_ACT_HOLD_MODULE = 1 << 0,
+	ODMA_ACT_QUIET = 1 << 1,
+	ODMA_ACT_SERVE = 1 << 2,
+	ODMA_ACT_REFUSE = 1 << 3,
+	ODMA_ACT_RESTORE = 1 << 4,
+	ODMA_ACT_LEAKS = 1 << 5,
+	ODMA_ACT_TRIM = 1 << 6,
+	ODMA_ACT_SETTLE = 1 << 7,
+	ODMA_ACT_DROP_MODULE = 1 << 8,
+	ODMA_ACT_FORGET = 1 << 9,
+};
+
+enum odma_admission {
+	ODMA_ADMIT_GO = 0,
+	ODMA_ADMIT_START = 1,
+	ODMA_ADMIT_CLOSING = 2,
+	ODMA_ADMIT_FOREIGN = 3,
+	ODMA_ADMIT_LOST = 4,
+};
+
+/* A driver's mistake in taking a mapping down, as its release is answered. */
+enum odma_misuse {
+	ODMA_RELEASED = 0,
+	ODMA_NOT_MAPPED = 1,
+	ODMA_OTHER_LENGTH = 2,
+};
+
 struct odma_core;
 
 u64 odma_core_bytes(const struct odma_core_config *config);
@@ -88,6 +137,8 @@ u64 odma_core_hit(const struct odma_core *core, u64 start, u64 len);
 int odma_core_hopeless(const struct odma_core *core, u64 start, u64 len);
 int odma_core_release(const struct odma_core *core, u64 bus, u64 len);
 u64 odma_core_next_window(const struct odma_core *core, u64 from, struct odma_window *window);
+u32 odma_core_function_next(u32 state, u32 event, u32 *acts);
+u32 odma_core_admit(bool closing, bool running, u32 foreign, u32 using);
 
 /* With a queue of one's own, and interrupts off. */
 int odma_core_map(const struct odma_core *core, u32 queue, u64 start, u64 len, u64 *bus);

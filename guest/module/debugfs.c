@@ -12,9 +12,9 @@ static void show_device(struct seq_file *file, struct odma_client *client)
 	struct odma_counts sum;
 
 	odma_sum(client, &sum);
-	seq_printf(file, "device %s bound %d live %lld hits %llu misses %llu waits %llu failed %llu refused %llu masked %llu unknown %llu\n",
-		   dev_name(client->dev), client->bound, sum.live, sum.hits, sum.misses, sum.waits, sum.failed,
-		   sum.refused, sum.masked, sum.unknown);
+	seq_printf(file, "device %s bound %d live %lld hits %llu misses %llu waits %llu failed %llu refused %llu masked %llu unknown %llu misused %llu\n",
+		   dev_name(client->dev), client->state == ODMA_BOUND, sum.live, sum.hits, sum.misses, sum.waits, sum.failed,
+		   sum.refused, sum.masked, sum.unknown, sum.misused);
 }
 
 /* Used share of a limit, in thousandths. */
@@ -57,8 +57,11 @@ static int stats_show(struct seq_file *file, void *unused)
 	seq_printf(file, "exits %llu\nentries_sent %llu\n", stats.rings, stats.entries);
 	seq_printf(file, "host_no_space %llu\nhost_returning %llu\nhost_refused %llu\nlast_refusal %lld\n",
 		   stats.no_space, stats.returning, stats.refused, (s64)(s32)stats.last_refusal);
+	seq_printf(file, "coherent_apart %lld\ncoherent_padded %lld\n", atomic64_read(&domain->apart),
+		   atomic64_read(&domain->padded));
 	list_for_each_entry(client, &domain->clients, list)
-		show_device(file, client);
+		if (client->counts)
+			show_device(file, client);
 	mutex_unlock(&odma_mutex);
 	return 0;
 }

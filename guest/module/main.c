@@ -28,9 +28,14 @@ static int __init outboard_init(void)
 	error = odma_served_init();
 	if (error)
 		goto debugfs;
+	error = odma_power_init();
+	if (error)
+		goto served;
 	error = odma_companion_init();
 	if (!error)
 		return 0;
+	odma_power_exit();
+served:
 	odma_served_exit();
 debugfs:
 	odma_debugfs_exit();
@@ -41,6 +46,7 @@ debugfs:
 static void __exit outboard_exit(void)
 {
 	odma_companion_exit();
+	odma_power_exit();
 	odma_served_exit();
 	odma_debugfs_exit();
 	outboard_quirks_exit();

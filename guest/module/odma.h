@@ -33,6 +33,15 @@ struct odma_counts {
 	u64 refused;	/* calls that can never succeed: not RAM, MMIO */
 	u64 masked;	/* calls that failed because the bus address was beyond the function's mask */
 	u64 unknown;	/* releases of what was not mapped */
+	u64 misused;	/* other mistakes of a driver's: another length, a list's merged count */
+};
+
+/* What is said in the log once for each driver that is bound. */
+enum odma_told {
+	ODMA_TOLD_NOT_MAPPED,
+	ODMA_TOLD_LENGTH,
+	ODMA_TOLD_SHORT_LIST,
+	ODMA_TOLD_NO_MEMORY,
 };
 
 struct odma_record;
@@ -58,10 +67,14 @@ struct odma_domain {
 	struct list_head clients;	/* under odma_mutex */
 	bool closing;			/* serves nothing new; under odma_mutex */
 	bool dirty;			/* a driver that was there before may have left its device running; under odma_mutex */
-	struct delayed_work tidy;
 	struct notifier_block panic;	/* on panic_notifier_list while the device is bound, if it wants to hear of one */
 	bool hears_panic;
+	struct work_struct settle;	/* behind failed probes */
+	struct mutex trim_mutex;	/* around the last queue */
+	bool trimming;			/* the host has a batch of that queue; under trim_mutex */
+	atomic_t trims;			/* threads that trim, or are about to: the core and the domain stay */
 	u64 leaks;			/* mappings that drivers left behind */
+	atomic64_t apart, padded;	/* memory for both sides that no window brought out right: mapped by itself, made larger */
 };
 
 /* One function behind that root port. */
@@ -74,8 +87,9 @@ struct odma_client {
 	struct odma_counts __percpu *counts;
 	struct list_head list;
 	s64 leaked;
-	bool bound;
-	bool foreign;			/* its driver was bound before this module came; under odma_mutex */
+	u32 state;			/* enum odma_state; under odma_mutex */
+	bool holds;			/* a reference to this module; under odma_mutex */
+	unsigned long told;		/* bits of enum odma_told */
 };
 
 extern struct mutex odma_mutex;
@@ -91,31 +105,50 @@ int odma_companion_init(void);
 void odma_companion_exit(void);
 u32 odma_queue_take(struct odma_domain *domain, unsigned long *flags);
 void odma_queue_give(struct odma_domain *domain, u32 queue, unsigned long flags);
+void odma_ring(struct odma_domain *domain, u32 queue, u32 count);
 void odma_trim(struct odma_domain *domain);
 int odma_start(struct odma_domain *domain);
+int odma_make_core(struct odma_domain *domain);
+void odma_reset(struct odma_domain *domain);
 bool odma_running(struct odma_domain *domain);
 
 /* served.c */
 int odma_served_init(void);
 void odma_served_exit(void);
 bool odma_serves(struct odma_domain *domain, struct pci_dev *pdev);
-bool odma_adopt(struct odma_domain *domain);
-void odma_disown(struct odma_domain *domain);
+int odma_begin(struct odma_domain *domain);
 void odma_abandon(struct odma_domain *domain);
-void odma_tidy(struct work_struct *work);
+void odma_settle(struct work_struct *work);
+bool odma_any_bound(void);
+bool odma_domain_uses(struct odma_domain *domain);
+int odma_restart(struct odma_domain *domain);
+bool odma_stray_master(struct odma_domain *domain);
 void odma_sum(struct odma_client *client, struct odma_counts *sum);
 
 /* ops.c */
 extern const struct dma_map_ops odma_ops;
+extern const struct dma_map_ops odma_no_dma;
 dma_addr_t odma_map(struct device *dev, phys_addr_t phys, size_t size, u64 mask, unsigned long attrs,
 		    bool may_sleep);
 bool odma_wait(struct odma_client *client, bool may_sleep, unsigned int *waits);
-void odma_unmap(struct device *dev, dma_addr_t bus, size_t size);
+int odma_release(struct odma_client *client, dma_addr_t bus, size_t size);
+bool odma_unmap(struct device *dev, dma_addr_t bus, size_t size);
 u64 odma_mask(struct device *dev);
+bool odma_tell_once(struct odma_client *client, enum odma_told what);
 void odma_failed(struct odma_client *client, int failure, phys_addr_t phys, size_t size,
 		 unsigned long attrs);
 
+/* apart.c */
+struct odma_apart {
+	u64 address, len;	/* guest memory */
+	u64 handle, bus;	/* the host's */
+};
+bool odma_map_apart(struct odma_client *client, phys_addr_t phys, size_t size, size_t alignment, bool may_sleep,
+		    u64 *handle, u64 *bus);
+void odma_unmap_apart(struct odma_client *client, u64 handle);
+
 /* coherent.c */
+void odma_forget_memory(struct odma_client *client);
 void *odma_alloc(struct device *dev, size_t size, dma_addr_t *bus, gfp_t gfp, unsigned long attrs);
 void odma_free(struct device *dev, size_t size, void *memory, dma_addr_t bus);
 
@@ -124,6 +157,11 @@ int odma_map_sg(struct device *dev, struct scatterlist *sg, int nents, enum dma_
 		unsigned long attrs);
 void odma_unmap_sg(struct device *dev, struct scatterlist *sg, int nents,
 		   enum dma_data_direction dir, unsigned long attrs);
+
+/* power.c */
+extern const struct dev_pm_ops odma_pm;
+int odma_power_init(void);
+void odma_power_exit(void);
 
 /* debugfs.c */
 void odma_debugfs_init(void);

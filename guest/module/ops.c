@@ -128,21 +128,46 @@ dma_addr_t odma_map(struct device *dev, phys_addr_t phys, size_t size, u64 mask,
 	return bus;
 }
 
-/* Any context, no lock, no exit. */
-void odma_unmap(struct device *dev, dma_addr_t bus, size_t size)
+/* Whether this is to be said: the first time since the driver was bound. */
+bool odma_tell_once(struct odma_client *client, enum odma_told what)
+{
+	return !test_and_set_bit(what, &client->told);
+}
+
+/* Gives back what a mapping took; counts a driver's mistakes, and says each kind once. enum odma_misuse. */
+int odma_release(struct odma_client *client, dma_addr_t bus, size_t size)
+{
+	int misuse = odma_core_release(client->domain->core, bus, size);
+
+	if (likely(!misuse))
+		return misuse;
+	if (misuse == ODMA_OTHER_LENGTH) {
+		this_cpu_inc(client->counts->misused);
+		if (odma_tell_once(client, ODMA_TOLD_LENGTH))
+			dev_warn(client->dev, "DMA unmapping of %zu bytes at %pad: another length was mapped; all of that is unmapped\n",
+				 size, &bus);
+	} else {
+		this_cpu_inc(client->counts->unknown);
+		if (odma_tell_once(client, ODMA_TOLD_NOT_MAPPED))
+			dev_warn(client->dev, "DMA unmapping of %zu bytes at %pad: not mapped; nothing is changed\n", size,
+				 &bus);
+	}
+	return misuse;
+}
+
+/* Any context, no lock, no exit. False if nothing was mapped there. */
+bool odma_unmap(struct device *dev, dma_addr_t bus, size_t size)
 {
 	struct odma_client *client = odma_client_of(dev);
 
 	/* First, so that the recorder never sees the address again before it sees that it is free. */
 	if (odma_recording(client->domain))
 		odma_record_unmap(client->domain, bus, size, 1);
-	if (unlikely(odma_core_release(client->domain->core, bus, size))) {
-		this_cpu_inc(client->counts->unknown);
-		dev_warn_ratelimited(dev, "DMA unmapping of %zu bytes at %pad: not mapped so\n", size, &bus);
-		return;
-	}
+	if (odma_release(client, bus, size) == ODMA_NOT_MAPPED)
+		return false;
 	this_cpu_dec(client->counts->live);
 	trace_odma_unmap(dev, bus, size);
+	return true;
 }
 
 #ifdef ODMA_HAVE_MAP_PHYS
@@ -298,4 +323,73 @@ const struct dma_map_ops odma_ops = {
 	.max_mapping_size = max_mapping_size,
 	.opt_mapping_size = opt_mapping_size,
 	.get_merge_boundary = get_merge_boundary,
+};
+
+/* The operations of a function that cannot be served: its driver is told so where it asks first, and nothing is ever mapped. */
+
+#ifdef ODMA_HAVE_MAP_PHYS
+static dma_addr_t map_nothing(struct device *dev, phys_addr_t phys, size_t size, enum dma_data_direction dir,
+			      unsigned long attrs)
+{
+	return DMA_MAPPING_ERROR;
+}
+#else
+static dma_addr_t map_nothing(struct device *dev, struct page *page, unsigned long offset, size_t size,
+			      enum dma_data_direction dir, unsigned long attrs)
+{
+	return DMA_MAPPING_ERROR;
+}
+
+static dma_addr_t map_no_resource(struct device *dev, phys_addr_t phys, size_t size, enum dma_data_direction dir,
+				  unsigned long attrs)
+{
+	return DMA_MAPPING_ERROR;
+}
+#endif
+
+static void unmap_nothing(struct device *dev, dma_addr_t bus, size_t size, enum dma_data_direction dir,
+			  unsigned long attrs)
+{
+}
+
+static int map_no_sg(struct device *dev, struct scatterlist *sg, int nents, enum dma_data_direction dir,
+		     unsigned long attrs)
+{
+	return -EIO;
+}
+
+static void unmap_no_sg(struct device *dev, struct scatterlist *sg, int nents, enum dma_data_direction dir,
+			unsigned long attrs)
+{
+}
+
+static void *alloc_nothing(struct device *dev, size_t size, dma_addr_t *bus, gfp_t gfp, unsigned long attrs)
+{
+	return NULL;
+}
+
+static void free_nothing(struct device *dev, size_t size, void *memory, dma_addr_t bus, unsigned long attrs)
+{
+}
+
+static int no_mask_is_supported(struct device *dev, u64 mask)
+{
+	return 0;
+}
+
+const struct dma_map_ops odma_no_dma = {
+	.alloc = alloc_nothing,
+	.free = free_nothing,
+#ifdef ODMA_HAVE_MAP_PHYS
+	.map_phys = map_nothing,
+	.unmap_phys = unmap_nothing,
+#else
+	.map_page = map_nothing,
+	.unmap_page = unmap_nothing,
+	.map_resource = map_no_resource,
+	.unmap_resource = unmap_nothing,
+#endif
+	.map_sg = map_no_sg,
+	.unmap_sg = unmap_no_sg,
+	.dma_supported = no_mask_is_supported,
 };

@@ -3,10 +3,13 @@
 #include "odma.h"
 
 #include <linux/module.h>
+#include <linux/moduleparam.h>
 #include <linux/slab.h>
 
-/* How long after a failed probe the kernel has certainly freed what the driver had. */
-#define TIDY_DELAY (2 * HZ)
+#include "quirks/quirks.h"
+
+/* Functions of a slot whose drivers can be picked up. */
+#define MOST_LOCKED 32
 
 static struct pci_dev *root_port(struct pci_dev *pdev)
 {
@@ -32,6 +35,8 @@ void odma_sum(struct odma_client *client, struct odma_counts *sum)
 	int cpu;
 
 	memset(sum, 0, sizeof(*sum));
+	if (!client->counts)
+		return;
 	for_each_possible_cpu(cpu) {
 		const struct odma_counts *one = per_cpu_ptr(client->counts, cpu);
 
@@ -43,6 +48,7 @@ void odma_sum(struct odma_client *client, struct odma_counts *sum)
 		sum->refused += READ_ONCE(one->refused);
 		sum->masked += READ_ONCE(one->masked);
 		sum->unknown += READ_ONCE(one->unknown);
+		sum->misused += READ_ONCE(one->misused);
 	}
 }
 
@@ -68,107 +74,74 @@ static struct odma_domain *domain_of(struct pci_dev *pdev)
 	return NULL;
 }
 
-static bool any_bound(struct odma_domain *domain)
+static bool has_master(struct pci_dev *pdev)
 {
-	struct odma_client *client;
+	u16 command;
 
-	list_for_each_entry(client, &domain->clients, list)
-		if (client->bound)
-			return true;
-	return false;
+	return !pci_read_config_word(pdev, PCI_COMMAND, &command) && (command & PCI_COMMAND_MASTER);
 }
 
-static struct odma_client *new_client(struct odma_domain *domain, struct device *dev)
+/* One that was there before stays. There always is one: what a function is in must not be forgotten for want of memory. Under odma_mutex. */
+static struct odma_client *client_of(struct odma_domain *domain, struct device *dev)
 {
-	struct odma_client *client = kzalloc(sizeof(*client), GFP_KERNEL);
+	struct odma_client *client = find(dev);
 
-	if (!client)
-		return NULL;
-	client->counts = alloc_percpu(struct odma_counts);
-	if (!client->counts) {
-		kfree(client);
-		return NULL;
+	if (!client) {
+		client = kzalloc(sizeof(*client), GFP_KERNEL | __GFP_NOFAIL);
+		client->ops = odma_ops;
+		client->domain = domain;
+		client->dev = get_device(dev);
+		list_add_tail(&client->list, &domain->clients);
+		/* The DMA device sleeps behind the function, wakes before it, and is shut down after it. */
+		if (!device_link_add(dev, &domain->pdev->dev, DL_FLAG_STATELESS))
+			dev_warn(dev, "may be suspended after its DMA device\n");
 	}
-	client->ops = odma_ops;
-	client->domain = domain;
-	client->dev = get_device(dev);
-	list_add_tail(&client->list, &domain->clients);
+	if (!client->counts)
+		client->counts = alloc_percpu(struct odma_counts);
 	return client;
 }
 
 static void free_client(struct odma_client *client)
 {
+	odma_forget_memory(client);
 	list_del(&client->list);
+	device_link_remove(client->dev, &client->domain->pdev->dev);
 	put_device(client->dev);
 	free_percpu(client->counts);
 	kfree(client);
 }
 
-/* Why the function cannot be served, or NULL. */
-static const char *obstacle(struct device *dev)
+/* Whether a function without a driver that is served may start DMA once it is let. */
+bool odma_stray_master(struct odma_domain *domain)
 {
-	if (!dev_is_dma_coherent(dev))
-		return "it is not cache coherent; the host bridge should say dma-coherent";
-	if (device_iommu_mapped(dev))
-		return "it is behind a virtual IOMMU, which takes its DMA away from this module";
-	return NULL;
+	struct pci_dev *pdev = NULL;
+	bool stray = false;
+
+	for_each_pci_dev(pdev) {
+		struct odma_client *client = odma_serves(domain, pdev) ? find(&pdev->dev) : NULL;
+
+		if (odma_serves(domain, pdev) && !(client && client->state == ODMA_BOUND))
+			stray |= has_master(pdev);
+	}
+	return stray;
 }
 
-/* Has the DMA device run for a driver of `dev`. */
-static bool start(struct odma_domain *domain, struct device *dev)
+/* No DMA from here on. The driver is through with the function; drivers often leave it on. */
+static void quiet(struct device *dev)
 {
-	struct odma_client *other;
+	struct pci_dev *pdev = to_pci_dev(dev);
 
-	if (any_bound(domain) || odma_running(domain))
-		return true;
-	list_for_each_entry(other, &domain->clients, list)
-		if (other->foreign) {
-			dev_err(dev, "DMA is not set up, the driver will fail: %s has a driver from before "
-				KBUILD_MODNAME " came. Unbind that first\n", dev_name(other->dev));
-			return false;
-		}
-	/* The function was away and has come back, or the host was reset: what was mapped is gone. */
-	if (odma_start(domain)) {
-		dev_err(dev, "DMA is not set up, the driver will fail: its DMA device does not start\n");
-		return false;
-	}
-	return true;
+	/* Pulled: nothing of it can write. */
+	if (!pci_device_is_present(pdev))
+		return;
+	pci_clear_master(pdev);
+	/* Writes under way are ahead of the answer to this; reads are waited for. */
+	has_master(pdev);
+	if (pci_is_pcie(pdev))
+		pci_wait_for_pending_transaction(pdev);
 }
 
-/* A driver is about to bind: DMA is set up, its probe has not begun. */
-static void bind(struct device *dev)
-{
-	struct odma_domain *domain = domain_of(to_pci_dev(dev));
-	struct odma_client *client = find(dev);
-	const char *why;
-
-	if (!domain)
-		return;
-	/* The one from before has gone. */
-	if (client)
-		client->foreign = false;
-	why = obstacle(dev);
-	if (why) {
-		dev_err(dev, "DMA is not set up, the driver will fail: %s\n", why);
-		return;
-	}
-	if (!start(domain, dev))
-		return;
-	if (!client)
-		client = new_client(domain, dev);
-	/* The module stays while operations of its own may be called. */
-	if (!client || (!client->bound && !try_module_get(THIS_MODULE))) {
-		dev_err(dev, "DMA is not set up, the driver will fail: %s\n",
-			client ? KBUILD_MODNAME " is being unloaded" : "out of memory");
-		return;
-	}
-	client->bound = true;
-	if (dev->dma_ops != &client->ops)
-		client->former = dev->dma_ops;
-	set_dma_ops(dev, &client->ops);
-}
-
-/* Mappings that the driver left. They stay: the device may still use them. */
+/* Mappings that the driver left. They stay: nobody knows what they are. */
 static void count_leaks(struct odma_client *client)
 {
 	struct odma_counts sum;
@@ -181,43 +154,167 @@ static void count_leaks(struct odma_client *client)
 	client->leaked = sum.live;
 }
 
-static void release(struct odma_client *client)
+static void set_operations(struct odma_client *client, const struct dma_map_ops *ops)
 {
-	client->foreign = false;
-	if (client->bound)
+	struct device *dev = client->dev;
+
+	if (dev->dma_ops != &client->ops && dev->dma_ops != &odma_no_dma)
+		client->former = dev->dma_ops;
+	client->told = 0;
+	set_dma_ops(dev, ops);
+}
+
+/*
+ * Something happens to a function: core/src/served.rs has the table of what follows. Under odma_mutex. Returns the domain whose idle windows are to
+ * be given back behind the mutex, or NULL. The client may be gone afterwards.
+ */
+static struct odma_domain *happen(struct odma_client *client, enum odma_event event)
+{
+	struct odma_domain *domain = client->domain;
+	struct device *dev = client->dev;
+	u32 acts;
+
+	lockdep_assert_held(&odma_mutex);
+	client->state = odma_core_function_next(client->state, event, &acts);
+	/* The module stays while its operations may be called. One that goes unbinds what it does not hold. */
+	if ((acts & ODMA_ACT_HOLD_MODULE) && !client->holds)
+		client->holds = try_module_get(THIS_MODULE);
+	if (acts & ODMA_ACT_QUIET)
+		quiet(dev);
+	if (acts & ODMA_ACT_SERVE)
+		set_operations(client, &client->ops);
+	if (acts & ODMA_ACT_REFUSE)
+		set_operations(client, &odma_no_dma);
+	/* Linux 6.1 has already taken them away. */
+	if ((acts & ODMA_ACT_RESTORE) && (dev->dma_ops == &client->ops || dev->dma_ops == &odma_no_dma))
+		set_dma_ops(dev, client->former);
+	if (acts & ODMA_ACT_LEAKS)
+		count_leaks(client);
+	if (acts & ODMA_ACT_TRIM)
+		atomic_inc(&domain->trims);
+	if (acts & ODMA_ACT_SETTLE)
+		queue_work(system_long_wq, &domain->settle);
+	if ((acts & ODMA_ACT_DROP_MODULE) && client->holds) {
+		client->holds = false;
 		module_put(THIS_MODULE);
-	client->bound = false;
+	}
+	if (acts & ODMA_ACT_FORGET)
+		free_client(client);
+	return acts & ODMA_ACT_TRIM ? domain : NULL;
 }
 
-/* The driver is gone and so is all that the kernel freed for it. */
-static void unbound(struct odma_client *client)
+/* Why the function cannot be served, or NULL. */
+static const char *obstacle(struct odma_client *client)
 {
-	/* Linux 6.1 has already taken the operations away. */
-	if (client->dev->dma_ops == &client->ops)
-		set_dma_ops(client->dev, client->former);
-	count_leaks(client);
-	odma_trim(client->domain);
-	release(client);
+	if (!client->counts)
+		return "out of memory";
+	if (!dev_is_dma_coherent(client->dev))
+		return "it is not cache coherent; the host bridge should say dma-coherent";
+	if (device_iommu_mapped(client->dev))
+		return "it is behind a virtual IOMMU, which takes its DMA away from this module";
+	return NULL;
 }
 
-/* Some time after a failed probe: by then the kernel has freed what it frees for the driver. */
-void odma_tidy(struct work_struct *work)
+/* Has the DMA device run for a driver of the function: NULL, or why not. */
+static const char *admit(struct odma_client *client)
 {
-	struct odma_domain *domain = container_of(work, struct odma_domain, tidy.work);
+	struct odma_domain *domain = client->domain;
+	u32 foreign = 0, using = 0;
+	struct odma_client *other;
+
+	list_for_each_entry(other, &domain->clients, list) {
+		if (other == client)
+			continue;
+		foreign += other->state == ODMA_FOREIGN;
+		using += other->state == ODMA_BOUND || other->state == ODMA_LEAVING;
+	}
+	switch (odma_core_admit(domain->closing, odma_running(domain), foreign, using)) {
+	case ODMA_ADMIT_GO:
+		return NULL;
+	case ODMA_ADMIT_START:
+		/* The function was away and has come back, or the host was reset: what was mapped is gone. */
+		return odma_start(domain) ? "its DMA device does not start" : NULL;
+	case ODMA_ADMIT_CLOSING:
+		return "its DMA device goes";
+	case ODMA_ADMIT_FOREIGN:
+		return "another function of its slot has a driver from before " KBUILD_MODNAME " came. Unbind that first";
+	default:
+		return "the host was reset under the driver of another function of its slot. Unbind that first";
+	}
+}
+
+/* A driver is about to bind: DMA is set up, its probe has not begun. */
+static void bind(struct device *dev)
+{
+	struct odma_domain *domain = domain_of(to_pci_dev(dev));
+	struct odma_client *client;
+	const char *why;
+
+	if (!domain)
+		return;
+	client = client_of(domain, dev);
+	why = obstacle(client);
+	if (!why)
+		why = admit(client);
+	if (why)
+		dev_err(dev, "no DMA for its driver, which will fail: %s\n", why);
+	happen(client, why ? ODMA_DENIED : ODMA_BIND);
+}
+
+/* Behind a failed probe: its lock is to be had once the kernel has freed what it frees for the driver. */
+static void settle(struct device *dev)
+{
+	struct odma_domain *trim = NULL;
 	struct odma_client *client;
 
+	device_lock(dev);
 	mutex_lock(&odma_mutex);
-	list_for_each_entry(client, &domain->clients, list)
-		if (!client->bound)
-			count_leaks(client);
-	odma_trim(domain);
+	client = find(dev);
+	if (client && client->state == ODMA_LEAVING)
+		trim = happen(client, ODMA_SETTLED);
 	mutex_unlock(&odma_mutex);
+	device_unlock(dev);
+	if (trim)
+		odma_trim(trim);
+}
+
+/* The first function in one of the states, held; under odma_mutex. */
+static struct device *one_that_is(struct odma_domain *domain, unsigned long states, u32 *state)
+{
+	struct odma_client *client;
+
+	list_for_each_entry(client, &domain->clients, list) {
+		if (BIT(client->state) & states) {
+			*state = client->state;
+			return get_device(client->dev);
+		}
+	}
+	return NULL;
+}
+
+void odma_settle(struct work_struct *work)
+{
+	struct odma_domain *domain = container_of(work, struct odma_domain, settle);
+	u32 state;
+
+	for (;;) {
+		struct device *dev;
+
+		mutex_lock(&odma_mutex);
+		dev = one_that_is(domain, BIT(ODMA_LEAVING), &state);
+		mutex_unlock(&odma_mutex);
+		if (!dev)
+			return;
+		settle(dev);
+		put_device(dev);
+	}
 }
 
 static int notified(struct notifier_block *block, unsigned long action, void *data)
 {
-	struct device *dev = data;
+	struct odma_domain *trim = NULL, *domain;
 	struct odma_client *client;
+	struct device *dev = data;
 
 	mutex_lock(&odma_mutex);
 	client = find(dev);
@@ -227,95 +324,291 @@ static int notified(struct notifier_block *block, unsigned long action, void *da
 		break;
 	case BUS_NOTIFY_UNBOUND_DRIVER:
 		if (client)
-			unbound(client);
+			trim = happen(client, ODMA_UNBOUND);
 		break;
 	case BUS_NOTIFY_DRIVER_NOT_BOUND:
 		/* The kernel has yet to free what it frees for the driver, through our operations: they stay. */
-		if (client) {
-			release(client);
-			schedule_delayed_work(&client->domain->tidy, TIDY_DELAY);
-		}
+		if (client)
+			happen(client, ODMA_PROBE_FAILED);
 		break;
 	case BUS_NOTIFY_REMOVED_DEVICE:
-		if (client) {
-			count_leaks(client);
-			free_client(client);
-		}
+		if (client)
+			happen(client, ODMA_REMOVED);
 		break;
 	}
+	domain = action == BUS_NOTIFY_ADD_DEVICE ? domain_of(to_pci_dev(dev)) : NULL;
 	mutex_unlock(&odma_mutex);
+	if (trim)
+		odma_trim(trim);
+	if (domain)
+		outboard_quirks_served(to_pci_dev(dev));
 	return NOTIFY_OK;
 }
 
 static struct notifier_block notifier = { .notifier_call = notified };
 
+/* Devices whose locks are held: functions of a slot, and their children. */
+struct locked {
+	struct device *dev[MOST_LOCKED];
+	unsigned int count;
+};
+
 /*
- * Looks for functions that had a driver before this module came: its DMA does not go through here and never will, and the addresses that it
- * gave its device mean nothing to the host. While one has such a driver the host lets none of them do DMA. Whether there is one; under odma_mutex.
+ * Without waiting: a driver that is being probed may take a minute, and is not one that has mapped nothing. In this order the kernel takes several
+ * of these locks elsewhere, too.
  */
-bool odma_adopt(struct odma_domain *domain)
+static bool lock_device(struct locked *locked, struct device *dev)
 {
+	if (locked->count == MOST_LOCKED || !device_trylock(dev))
+		return false;
+	locked->dev[locked->count++] = get_device(dev);
+	return true;
+}
+
+static void lock_functions(struct odma_domain *domain, struct locked *locked)
+{
+	struct pci_dev *pdev = NULL;
+
+	for_each_pci_dev(pdev)
+		if (odma_serves(domain, pdev))
+			lock_device(locked, &pdev->dev);
+}
+
+static void unlock_all(struct locked *locked)
+{
+	while (locked->count) {
+		struct device *dev = locked->dev[--locked->count];
+
+		device_unlock(dev);
+		put_device(dev);
+	}
+}
+
+static bool is_locked(struct locked *locked, struct device *dev)
+{
+	unsigned int i;
+
+	for (i = 0; i < locked->count; i++)
+		if (locked->dev[i] == dev)
+			return true;
+	return false;
+}
+
+/* Keeps a driver from coming to the child, if it has none. */
+static int has_driver(struct device *child, void *locked)
+{
+	return !lock_device(locked, child) || child->driver;
+}
+
+/*
+ * Whether the driver has certainly mapped nothing yet. virtio_pci, which kernels have built in, maps nothing itself: the drivers of its
+ * virtio device do. Of others only those that have neither turned bus master on nor told the kernel which addresses they take.
+ */
+static bool has_mapped_nothing(struct pci_dev *pdev, struct locked *locked)
+{
+	if (!strcmp(pdev->dev.driver->name, "virtio-pci"))
+		return !device_for_each_child(&pdev->dev, locked, has_driver);
+	return !has_master(pdev) && pdev->dma_mask == DMA_BIT_MASK(32) &&
+	       pdev->dev.coherent_dma_mask == DMA_BIT_MASK(32);
+}
+
+/*
+ * Finds functions that had a driver before this module came: its DMA does not go through here, and the addresses that it gave its device mean
+ * nothing to the host. Under odma_mutex. True if all of them can be served after all.
+ */
+static bool find_foreign(struct odma_domain *domain, struct locked *locked)
+{
+	bool all = !odma_running(domain);
 	struct pci_dev *pdev = NULL;
 
 	for_each_pci_dev(pdev) {
 		struct odma_client *client;
 
-		if (!odma_serves(domain, pdev) || !pdev->dev.driver)
+		if (!odma_serves(domain, pdev) || !READ_ONCE(pdev->dev.driver))
 			continue;
-		domain->dirty = true;
-		client = new_client(domain, &pdev->dev);
-		if (client)
-			client->foreign = true;
-		pci_err(pdev, "not served, cannot do DMA: the driver %s was bound before " KBUILD_MODNAME
-			" came. Unbind and bind it, or load " KBUILD_MODNAME " earlier\n", pdev->dev.driver->name);
+		client = client_of(domain, &pdev->dev);
+		happen(client, ODMA_FOUND);
+		all &= is_locked(locked, &pdev->dev) && has_mapped_nothing(pdev, locked) && !obstacle(client);
 	}
-	return domain->dirty;
+	return all;
 }
 
-/* Forgets what odma_adopt() found; under odma_mutex. */
-void odma_disown(struct odma_domain *domain)
+static void tell_foreign(struct odma_domain *domain)
+{
+	struct odma_client *client;
+
+	list_for_each_entry(client, &domain->clients, list) {
+		struct device_driver *driver = READ_ONCE(client->dev->driver);
+
+		dev_err(client->dev, "not served, cannot do DMA: the driver %s was bound before " KBUILD_MODNAME
+			" came. Unbind and bind it, or load " KBUILD_MODNAME " earlier\n", driver ? driver->name : "?");
+	}
+}
+
+static void take_foreign(struct odma_domain *domain)
+{
+	struct odma_client *client;
+
+	list_for_each_entry(client, &domain->clients, list) {
+		happen(client, ODMA_TAKEN);
+		dev_info(client->dev, "served from now on: its driver %s has mapped nothing yet\n",
+			 client->dev->driver->name);
+	}
+}
+
+static void disown(struct odma_domain *domain)
 {
 	struct odma_client *client, *next;
 
 	list_for_each_entry_safe(client, next, &domain->clients, list)
-		free_client(client);
+		happen(client, ODMA_REMOVED);
 }
 
-/* Unbinds the drivers of all served functions and takes the operations away. */
+/*
+ * Starts to serve. A driver that binds from here on is served, and one that has mapped nothing yet. Any other that was there before keeps the DMA
+ * device off until it has gone, and then the next one starts it. So does the first one in a slot that is empty now (-ENXIO).
+ */
+int odma_begin(struct odma_domain *domain)
+{
+	struct locked *locked = kzalloc(sizeof(*locked), GFP_KERNEL);
+	struct pci_dev *pdev = NULL;
+	int error;
+
+	if (!locked)
+		return -ENOMEM;
+	lock_functions(domain, locked);
+	mutex_lock(&odma_mutex);
+	list_add_tail(&domain->list, &odma_domains);
+	if (find_foreign(domain, locked)) {
+		take_foreign(domain);
+		error = odma_start(domain);
+	} else if (list_empty(&domain->clients)) {
+		error = odma_start(domain);
+	} else {
+		tell_foreign(domain);
+		domain->dirty = true;
+		/* A crashed kernel's mappings are no more a foreign driver's than ours. */
+		if (odma_running(domain))
+			odma_reset(domain);
+		error = odma_make_core(domain);
+	}
+	if (error == -ENXIO)
+		error = 0;
+	if (error) {
+		disown(domain);
+		list_del(&domain->list);
+	}
+	mutex_unlock(&odma_mutex);
+	unlock_all(locked);
+	kfree(locked);
+	for_each_pci_dev(pdev)
+		if (!error && odma_serves(domain, pdev))
+			outboard_quirks_served(pdev);
+	return error;
+}
+
+/* Unbinds the drivers of all served functions; the domain, from then on, is none. */
 void odma_abandon(struct odma_domain *domain)
 {
+	const unsigned long using = BIT(ODMA_BOUND) | BIT(ODMA_REFUSED) | BIT(ODMA_LEAVING);
 	struct odma_client *client, *next;
+	struct device *dev;
+	u32 state;
 
 	mutex_lock(&odma_mutex);
 	domain->closing = true;
-	mutex_unlock(&odma_mutex);
-	for (;;) {
-		struct device *dev = NULL;
-
-		mutex_lock(&odma_mutex);
-		list_for_each_entry(client, &domain->clients, list)
-			if (client->bound)
-				dev = get_device(client->dev);
+	while ((dev = one_that_is(domain, using, &state))) {
 		mutex_unlock(&odma_mutex);
-		if (!dev)
-			break;
-		dev_warn(dev, "unbinding the driver: its DMA device goes\n");
-		device_release_driver(dev);
+		if (state == ODMA_LEAVING) {
+			settle(dev);
+		} else {
+			dev_warn(dev, "unbinding the driver: its DMA device goes\n");
+			device_release_driver(dev);
+		}
 		put_device(dev);
-	}
-	list_for_each_entry_safe(client, next, &domain->clients, list) {
-		device_lock(client->dev);
 		mutex_lock(&odma_mutex);
-		if (client->dev->dma_ops == &client->ops)
-			set_dma_ops(client->dev, client->former);
-		count_leaks(client);
-		mutex_unlock(&odma_mutex);
-		device_unlock(client->dev);
-		mutex_lock(&odma_mutex);
-		free_client(client);
-		mutex_unlock(&odma_mutex);
 	}
+	/* In this order, and under the mutex: whoever binds from here on is held back by the host. */
+	odma_reset(domain);
+	list_del(&domain->list);
+	list_for_each_entry_safe(client, next, &domain->clients, list)
+		happen(client, ODMA_REMOVED);
+	mutex_unlock(&odma_mutex);
 }
+
+/* Whether a driver is served anywhere. */
+bool odma_any_bound(void)
+{
+	struct odma_domain *domain;
+	struct odma_client *client;
+	bool bound = false;
+
+	mutex_lock(&odma_mutex);
+	list_for_each_entry(domain, &odma_domains, list) {
+		list_for_each_entry(client, &domain->clients, list) {
+			if (client->state != ODMA_BOUND)
+				continue;
+			dev_warn(client->dev, "cannot hibernate: what its driver has mapped cannot be mapped so again. Unbind it first\n");
+			bound = true;
+		}
+	}
+	mutex_unlock(&odma_mutex);
+	return bound;
+}
+
+/* Whether a driver is served there. */
+bool odma_domain_uses(struct odma_domain *domain)
+{
+	struct device *dev;
+	u32 state;
+
+	mutex_lock(&odma_mutex);
+	dev = one_that_is(domain, BIT(ODMA_BOUND) | BIT(ODMA_LEAVING), &state);
+	mutex_unlock(&odma_mutex);
+	put_device(dev);
+	return dev;
+}
+
+/* With nothing mapped, whatever the host has. */
+int odma_restart(struct odma_domain *domain)
+{
+	int error = 0;
+
+	if (odma_domain_uses(domain)) {
+		pci_err(domain->pdev, "drivers were served when the machine hibernated: they are without DMA now. Unbind and bind them\n");
+		return -EBUSY;
+	}
+	mutex_lock(&odma_mutex);
+	if (!domain->closing && !domain->dirty)
+		error = odma_start(domain);
+	mutex_unlock(&odma_mutex);
+	return error == -ENXIO ? 0 : error;
+}
+
+/* For the package's unit: functions that are not served because their driver came first, and that driver. */
+static int show_unserved(char *buffer, const struct kernel_param *param)
+{
+	struct odma_domain *domain;
+	struct odma_client *client;
+	int length = 0;
+
+	mutex_lock(&odma_mutex);
+	list_for_each_entry(domain, &odma_domains, list) {
+		list_for_each_entry(client, &domain->clients, list) {
+			struct device_driver *driver = READ_ONCE(client->dev->driver);
+
+			if (client->state == ODMA_FOREIGN || client->state == ODMA_REFUSED)
+				length += scnprintf(buffer + length, PAGE_SIZE - length, "%s %s\n", dev_name(client->dev),
+						    driver ? driver->name : "-");
+		}
+	}
+	mutex_unlock(&odma_mutex);
+	return length;
+}
+
+static const struct kernel_param_ops unserved_ops = { .get = show_unserved };
+module_param_cb(unserved, &unserved_ops, NULL, 0444);
+MODULE_PARM_DESC(unserved, "Functions without DMA, with the driver that they have (read only)");
 
 int odma_served_init(void)
 {

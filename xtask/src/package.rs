@@ -16,7 +16,7 @@ use std::process::Command;
 const NAME: &str = "outboard-dma";
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// File under `guest/package`, place in the package (`@SRC@` is the folder of the sources), mode.
-const FILES: [(&str, &str, u32); 13] = [
+const FILES: [(&str, &str, u32); 17] = [
     ("control", "DEBIAN/control", 0o644),
     ("postinst", "DEBIAN/postinst", 0o755),
     ("prerm", "DEBIAN/prerm", 0o755),
@@ -24,6 +24,10 @@ const FILES: [(&str, &str, u32); 13] = [
     ("dkms.conf", "@SRC@/dkms.conf", 0o644),
     ("check-kernel", "@SRC@/check-kernel", 0o755),
     ("renew-initramfs", "@SRC@/renew-initramfs", 0o755),
+    ("list-drivers", "@SRC@/list-drivers", 0o755),
+    ("renew-drivers", "@SRC@/renew-drivers", 0o755),
+    ("rebind", "@SRC@/rebind", 0o755),
+    ("outboard-dma.service", "usr/lib/systemd/system/outboard-dma.service", 0o644),
     ("modprobe.conf", "usr/lib/modprobe.d/outboard-dma.conf", 0o644),
     ("modules-load.conf", "usr/lib/modules-load.d/outboard-dma.conf", 0o644),
     ("initramfs-hook", "usr/share/initramfs-tools/hooks/outboard-dma", 0o755),
@@ -127,5 +131,83 @@ mod tests {
             assert_eq!(said.contains("Linux 6.99-x cannot have this module"), !good, "{said}");
         }
         fs::remove_dir_all(&folder).expect("removed");
+    }
+
+    fn script(name: &str) -> Command {
+        let mut command = Command::new("sh");
+        command.arg(Paths::new().expect("the clone").root.join("guest/package").join(name));
+        command
+    }
+
+    /// A folder of its own for a test.
+    fn folder(name: &str) -> PathBuf {
+        let folder = std::env::temp_dir().join(format!("outboard-{name}-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&folder);
+        fs::create_dir_all(&folder).expect("a folder");
+        folder
+    }
+
+    #[test]
+    fn the_list_has_every_driver_of_a_pci_or_virtio_device_once() {
+        let root = folder("list-drivers");
+        for (kernel, aliases) in [
+            ("6.1", "# made by depmod\nalias pci:v00008086d* e1000e\nalias pci:v*d*sv*sd*bc01sc08i02* nvme\nalias usb:v1d6b* usbtest\n"),
+            ("6.12", "alias pci:v000010DEd* nvidia\nalias pci:v000010DEe* nvidia\nalias virtio:d00000001v* virtio_net\n\
+              alias pci:v1234d0BD0* outboard_dma\nalias pci:v1af4d* e1000e\n"),
+        ] {
+            fs::create_dir_all(root.join(kernel)).expect("a folder");
+            fs::write(root.join(kernel).join("modules.alias"), aliases).expect("written");
+        }
+        // Twice: the second time nothing changes.
+        let file = root.join("drivers.conf");
+        for _ in 0..2 {
+            let output = script("renew-drivers").arg(&file).env("MODULES_ROOT", &root).output().expect("sh runs");
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        }
+        let text = fs::read_to_string(&file).expect("it is made");
+        let lines: Vec<&str> = text.lines().filter(|line| !line.starts_with('#')).collect();
+        let expected = ["e1000e", "nvidia", "nvme", "virtio_net"].map(|name| format!("softdep {name} pre: outboard_dma"));
+        assert_eq!(lines, expected);
+        fs::remove_dir_all(&root).expect("removed");
+    }
+
+    /// A stand-in for sysfs: what `rebind` writes stays in the files.
+    #[test]
+    fn drivers_that_came_first_are_bound_anew_where_that_is_safe() {
+        let root = folder("rebind");
+        let put = |path: &str, text: &str| {
+            let path = root.join(path);
+            fs::create_dir_all(path.parent().expect("a folder")).expect("a folder");
+            fs::write(path, text).expect("written");
+        };
+        let [net, disk, gpu, refused] = ["0000:01:00.0", "0000:02:00.0", "0000:03:00.0", "0000:04:00.0"];
+        put(
+            "module/outboard_dma/parameters/unserved",
+            &format!("{net} virtio-pci\n{disk} nvme\n{gpu} nouveau\n{refused} -\n"),
+        );
+        for address in [net, disk, gpu] {
+            put(&format!("bus/pci/devices/{address}/driver/unbind"), "");
+        }
+        for driver in ["virtio-pci", "nvme", "nouveau"] {
+            put(&format!("bus/pci/drivers/{driver}/bind"), "");
+        }
+        put("bus/pci/drivers_probe", "");
+        put(&format!("bus/pci/devices/{disk}/nvme/nvme0/block/nvme0n1/size"), "8");
+        put("proc/mounts", "/dev/nvme0n1 /mnt ext4 rw 0 0\n");
+        put("proc/swaps", "");
+        let output = script("rebind").env("SYSFS", &root).env("PROC", root.join("proc")).output().expect("sh runs");
+        assert!(output.status.success());
+        let read = |path: String| fs::read_to_string(root.join(path)).expect("it is there").trim().to_owned();
+        assert_eq!(read(format!("bus/pci/devices/{net}/driver/unbind")), net);
+        assert_eq!(read("bus/pci/drivers/virtio-pci/bind".to_owned()), net);
+        assert_eq!(read("bus/pci/drivers_probe".to_owned()), refused);
+        for (address, driver) in [(disk, "nvme"), (gpu, "nouveau")] {
+            assert_eq!(read(format!("bus/pci/devices/{address}/driver/unbind")), "", "{driver} was unbound");
+            assert_eq!(read(format!("bus/pci/drivers/{driver}/bind")), "");
+        }
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(said.contains(&format!("{disk} stays without DMA: something of it is in use")), "{said}");
+        assert!(said.contains(&format!("{gpu} stays without DMA: nouveau")), "{said}");
+        fs::remove_dir_all(&root).expect("removed");
     }
 }

@@ -2,7 +2,7 @@
 
 #![allow(unsafe_code)] // UNSAFETY: `DmaDomain::map` wants the memory's lifetime promised.
 
-use crate::{GuestMemory, ServedSlot, ram};
+use crate::{Allowed, GuestMemory, ServedSlot, ram};
 use outboard_abi::{STATE_GONE, STATE_OFF, STATE_ON, Status};
 use outboard_bus::{error_limited, warn_limited};
 use outboard_host_pci::{BusAddress, DmaDomain, DmaUsage, Error, GRANULE, Release};
@@ -48,8 +48,8 @@ struct State {
     phase: Phase,
     /// `None` once the slot is empty.
     served: Option<Served>,
-    /// DMA was let through.
-    open: bool,
+    /// Whose DMA was let through.
+    open: Allowed,
     mappings: HashMap<u64, Mapping>,
     /// Handles by guest address, of mappings made through the published protocol.
     published: HashMap<u64, u64>,
@@ -111,7 +111,7 @@ impl Core {
         let state = State {
             phase: Phase::Gone,
             served: None,
-            open: false,
+            open: Allowed::Nobody,
             mappings: HashMap::new(),
             published: HashMap::new(),
             made: 0,
@@ -166,9 +166,9 @@ impl Core {
         self.stats.maps.fetch_add(1, Ordering::Relaxed);
         self.stats.entries.fetch_add(1, Ordering::Relaxed);
         self.stats.bytes.fetch_add(len, Ordering::Relaxed);
-        if asker == Asker::Published && !state.open {
-            state.open = true;
-            served.slot.allow_dma(true);
+        if asker == Asker::Published && state.open == Allowed::Nobody {
+            state.open = Allowed::First;
+            served.slot.allow_dma(Allowed::First);
         }
         Ok(Mapped { handle, bus: bus.0 })
     }
@@ -224,13 +224,13 @@ impl Core {
     /// The slot is filled: nothing is mapped in `domain`, and the functions of `slot` are held back. `false` if it still has what was in it.
     pub(crate) fn attach(&self, domain: Arc<dyn DmaDomain>, slot: Arc<dyn ServedSlot>) -> bool {
         let _control = self.control();
-        slot.allow_dma(false);
+        slot.allow_dma(Allowed::Nobody);
         let mut state = self.lock();
         if state.served.is_some() {
             return false;
         }
         state.served = Some(Served { domain, slot });
-        state.open = false;
+        state.open = Allowed::Nobody;
         state.patience = Patience::Fresh;
         self.enter(&mut state, Phase::Off);
         true
@@ -243,10 +243,10 @@ impl Core {
         if state.phase == Phase::Off {
             self.enter(&mut state, Phase::On);
             state.patience = Patience::Fresh;
-            if !std::mem::replace(&mut state.open, true)
+            if std::mem::replace(&mut state.open, Allowed::All) < Allowed::All
                 && let Some(served) = &state.served
             {
-                served.slot.allow_dma(true);
+                served.slot.allow_dma(Allowed::All);
             }
         }
     }
@@ -254,7 +254,7 @@ impl Core {
     /// Whether DMA is held back, so that it is worth while to look again.
     pub(crate) fn holds(&self) -> bool {
         let state = self.lock();
-        state.phase == Phase::Off && !state.open && state.patience != Patience::Told
+        state.phase == Phase::Off && state.open == Allowed::Nobody && state.patience != Patience::Told
     }
 
     /// Says once what a guest lacks whose driver still waits for DMA when this is called again. Whether it was said now.
@@ -293,12 +293,12 @@ impl Core {
                 return;
             }
             self.enter(&mut state, Phase::Resetting);
-            state.open = false;
+            state.open = Allowed::Nobody;
             state.served.clone()
         };
         settle();
         let silent = served.is_none_or(|served| {
-            served.slot.allow_dma(false);
+            served.slot.allow_dma(Allowed::Nobody);
             served.slot.silence()
         });
         let mut state = self.lock();

@@ -4,7 +4,7 @@ use crate::memory::{DmaMapping, Ram};
 use crate::passthrough::{HostSlot, Place};
 use crate::{DeviceSpec, Error, MachineSpec};
 use outboard_abi::published::Layout;
-use outboard_companion::{Companion, Config, ServedSlot};
+use outboard_companion::{Allowed, Companion, Config, ServedSlot};
 use outboard_dart::Config as DartConfig;
 use outboard_host_pci::{DmaLimits, DmaPolicy, GRANULE, Selection};
 use outboard_passthrough::{Function, Loss};
@@ -114,8 +114,17 @@ impl Served {
 }
 
 impl ServedSlot for Served {
-    fn allow_dma(&self, allowed: bool) {
-        self.functions().for_each(|function| function.hold_dma(!allowed));
+    fn allow_dma(&self, allowed: Allowed) {
+        // In the order of their numbers in the guest.
+        for (number, function) in self.0.iter().enumerate() {
+            let Some(function) = function.upgrade() else { continue };
+            let held = match allowed {
+                Allowed::Nobody => true,
+                Allowed::First => number != 0,
+                Allowed::All => false,
+            };
+            function.hold_dma(held);
+        }
     }
 
     fn silence(&self) -> bool {

@@ -4,6 +4,8 @@
 
 #include <asm/page.h>
 #include <asm/sysreg.h>
+#include <linux/cpu.h>
+#include <linux/cpuhotplug.h>
 #include <linux/kernel.h>
 #include <linux/kprobes.h>
 #include <linux/list.h>
@@ -19,11 +21,12 @@
 
 static int quirk_dczva = -1;
 module_param(quirk_dczva, int, 0444);
-MODULE_PARM_DESC(quirk_dczva, "Rewrite the kernel's DC ZVA: 1 yes, 0 no, -1 where there is an AMD GPU (default)");
+MODULE_PARM_DESC(quirk_dczva, "Rewrite the kernel's DC ZVA: 1 yes, 0 no, -1 where an AMD GPU is served (default)");
 
 /* More places than this are not what is known. Debian's kernels have five. */
 #define MAX_SITES 64
 /* DCZID_EL0: bits 3:0 are the block's size, log2 in words of 4 bytes; bit 4 says not to use DC ZVA. */
+#define DCZID_SIZE 0xful
 #define DCZID_BLOCK_64 4
 #define DCZID_PROHIBITED BIT(4)
 
@@ -39,6 +42,7 @@ static unsigned int uncovered;
 static bool running;
 /* DC ZVA clears 64 bytes on these CPUs. */
 static bool stores;
+static int hotplug_state;
 
 /* The kernel's own, none of them exported. */
 static unsigned long (*lookup)(const char *name);
@@ -81,8 +85,12 @@ static int write_all(unsigned int from, unsigned int to, bool back, bool halfway
 			words[count++] = word;
 		}
 	}
-	if (!error && count)
+	if (!error && count) {
+		/* It stops the other CPUs by way of stop_machine_cpuslocked(). */
+		cpus_read_lock();
 		error = patch_text(places, words, count);
+		cpus_read_unlock();
+	}
 	kfree(places);
 	kfree(words);
 	return error;
@@ -198,17 +206,23 @@ static bool clears(void)
 	return good;
 }
 
-static bool amd_gpu(void)
+/*
+ * Before each CPU that comes runs anything else: one whose DC ZVA clears another number of bytes than the stores that stand in its place is not let
+ * in. On those that are there already this is asked too.
+ */
+static int cpu_comes(unsigned int cpu)
 {
-	struct pci_dev *device = NULL;
+	unsigned long dczid = read_sysreg(dczid_el0);
 
-	while ((device = pci_get_device(PCI_VENDOR_ID_ATI, PCI_ANY_ID, device))) {
-		if (device->class >> 16 == PCI_BASE_CLASS_DISPLAY) {
-			pci_dev_put(device);
-			return true;
-		}
-	}
-	return false;
+	if (!stores || (dczid & DCZID_PROHIBITED) || (dczid & DCZID_SIZE) == DCZID_BLOCK_64)
+		return 0;
+	pr_warn("quirk dczva: CPU %u clears %lu bytes at a time, the others 64\n", cpu, 4UL << (dczid & DCZID_SIZE));
+	return -EINVAL;
+}
+
+static bool needed_by(struct pci_dev *pdev)
+{
+	return pdev->vendor == PCI_VENDOR_ID_ATI && pdev->class >> 16 == PCI_BASE_CLASS_DISPLAY;
 }
 
 static void report(struct outboard_quirk *quirk)
@@ -225,18 +239,20 @@ static void start(struct outboard_quirk *quirk)
 	u32 *first, *end;
 	int error;
 
-	if (!quirk_dczva || (quirk_dczva < 0 && !amd_gpu())) {
-		outboard_quirk_say(quirk, "off: %s", quirk_dczva ? "no AMD GPU" : "by parameter");
-		return;
-	}
 	if (dczid & DCZID_PROHIBITED) {
 		outboard_quirk_say(quirk, "off: not needed, this CPU says not to use DC ZVA");
 		return;
 	}
-	stores = (dczid & 0xf) == DCZID_BLOCK_64;
+	stores = (dczid & DCZID_SIZE) == DCZID_BLOCK_64;
 	error = find_functions();
 	if (error) {
 		outboard_quirk_say(quirk, "off: this kernel does not let its code be changed (error %d)", error);
+		return;
+	}
+	hotplug_state = cpuhp_setup_state(CPUHP_AP_ONLINE_DYN, "outboard/dczva:online", cpu_comes, NULL);
+	if (hotplug_state < 0) {
+		outboard_quirk_say(quirk, "off: not every CPU is alike (error %d)", hotplug_state);
+		hotplug_state = 0;
 		return;
 	}
 	first = (u32 *)lookup("_stext");
@@ -266,6 +282,9 @@ static void stop(struct outboard_quirk *quirk)
 {
 	unsigned int count = site_count;
 
+	if (hotplug_state > 0)
+		cpuhp_remove_state(hotplug_state);
+	hotplug_state = 0;
 	if (!running)
 		return;
 	running = false;
@@ -303,6 +322,9 @@ static void module_goes(struct outboard_quirk *quirk, struct module *module)
 
 struct outboard_quirk outboard_quirk_dczva = {
 	.name = "dczva",
+	.wanted = &quirk_dczva,
+	.needed_by = needed_by,
+	.needs = "no AMD GPU is served",
 	.start = start,
 	.stop = stop,
 	.module_comes = module_comes,

@@ -56,6 +56,8 @@ static int on_module(struct notifier_block *block, unsigned long event, void *da
 	for (i = 0; armed && i < ARRAY_SIZE(quirks); i++) {
 		struct outboard_quirk *quirk = quirks[i];
 
+		if (!quirk->started)
+			continue;
 		if (event == MODULE_STATE_COMING && quirk->module_comes)
 			quirk->module_comes(quirk, data);
 		else if (event == MODULE_STATE_GOING && quirk->module_goes)
@@ -68,6 +70,26 @@ static int on_module(struct notifier_block *block, unsigned long event, void *da
 /* Before the kernel's own kprobes drop what they have in a module that goes. */
 static struct notifier_block notifier = { .notifier_call = on_module, .priority = 1 };
 
+/* Under the mutex. */
+static void arm(struct outboard_quirk *quirk)
+{
+	if (quirk->started)
+		return;
+	quirk->started = true;
+	quirk->start(quirk);
+}
+
+void outboard_quirks_served(struct pci_dev *pdev)
+{
+	size_t i;
+
+	mutex_lock(&quirks_mutex);
+	for (i = 0; armed && i < ARRAY_SIZE(quirks); i++)
+		if (*quirks[i]->wanted < 0 && quirks[i]->needed_by(pdev))
+			arm(quirks[i]);
+	mutex_unlock(&quirks_mutex);
+}
+
 int outboard_quirks_init(void)
 {
 	size_t i;
@@ -77,8 +99,14 @@ int outboard_quirks_init(void)
 	if (error)
 		return error;
 	mutex_lock(&quirks_mutex);
-	for (i = 0; i < ARRAY_SIZE(quirks); i++)
-		quirks[i]->start(quirks[i]);
+	for (i = 0; i < ARRAY_SIZE(quirks); i++) {
+		struct outboard_quirk *quirk = quirks[i];
+
+		if (*quirk->wanted > 0)
+			arm(quirk);
+		else
+			outboard_quirk_say(quirk, "off: %s", *quirk->wanted ? quirk->needs : "by parameter");
+	}
 	armed = true;
 	mutex_unlock(&quirks_mutex);
 	complete_all(&started);
@@ -91,7 +119,8 @@ void outboard_quirks_exit(void)
 
 	mutex_lock(&quirks_mutex);
 	for (i = 0; armed && i < ARRAY_SIZE(quirks); i++)
-		quirks[i]->stop(quirks[i]);
+		if (quirks[i]->started)
+			quirks[i]->stop(quirks[i]);
 	armed = false;
 	mutex_unlock(&quirks_mutex);
 	/* Waits for calls that are under way; those find nothing armed. */

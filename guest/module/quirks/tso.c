@@ -18,9 +18,9 @@
 
 #include "quirks.h"
 
-static bool quirk_tso = true;
-module_param(quirk_tso, bool, 0444);
-MODULE_PARM_DESC(quirk_tso, "Answer prctl(PR_SET_MEM_MODEL) where every CPU has total store order (default: yes)");
+static int quirk_tso = -1;
+module_param(quirk_tso, int, 0444);
+MODULE_PARM_DESC(quirk_tso, "Answer prctl(PR_SET_MEM_MODEL) where every CPU has total store order: 1 yes, 0 no, -1 where a function is served (default)");
 
 static int test_tso_cpus = -1;
 module_param(test_tso_cpus, int, 0444);
@@ -95,10 +95,6 @@ static void start(struct outboard_quirk *quirk)
 {
 	int error;
 
-	if (!quirk_tso) {
-		outboard_quirk_say(quirk, "off: by parameter");
-		return;
-	}
 	everywhere = true;
 	hotplug_state = cpuhp_setup_state(CPUHP_AP_ONLINE_DYN, "outboard/tso:online", on_cpu, NULL);
 	if (hotplug_state < 0) {
@@ -129,4 +125,16 @@ static void stop(struct outboard_quirk *quirk)
 	hotplug_state = 0;
 }
 
-struct outboard_quirk outboard_quirk_tso = { .name = "tso", .start = start, .stop = stop };
+static bool needed_by(struct pci_dev *pdev)
+{
+	return true;
+}
+
+struct outboard_quirk outboard_quirk_tso = {
+	.name = "tso",
+	.wanted = &quirk_tso,
+	.needed_by = needed_by,
+	.needs = "no function is served",
+	.start = start,
+	.stop = stop,
+};

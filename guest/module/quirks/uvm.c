@@ -7,15 +7,16 @@
 #include <linux/kprobes.h>
 #include <linux/module.h>
 #include <linux/moduleparam.h>
+#include <linux/pci.h>
 #include <linux/string.h>
 #include <linux/uaccess.h>
 
 #include "core.h"
 #include "quirks.h"
 
-static bool quirk_uvm = true;
-module_param(quirk_uvm, bool, 0444);
-MODULE_PARM_DESC(quirk_uvm, "NVIDIA UVM asks for default pages instead of 64 KiB and 2 MiB ones (default: yes)");
+static int quirk_uvm = -1;
+module_param(quirk_uvm, int, 0444);
+MODULE_PARM_DESC(quirk_uvm, "NVIDIA UVM asks for default pages instead of 64 KiB and 2 MiB ones: 1 yes, 0 no, -1 where an NVIDIA function is served (default)");
 
 static unsigned int uvm_changed;
 module_param(uvm_changed, uint, 0444);
@@ -102,10 +103,7 @@ static void unhook(void)
 
 static void start(struct outboard_quirk *quirk)
 {
-	if (quirk_uvm)
-		hook(quirk);
-	else
-		outboard_quirk_say(quirk, "off: by parameter");
+	hook(quirk);
 }
 
 static void stop(struct outboard_quirk *quirk)
@@ -115,20 +113,28 @@ static void stop(struct outboard_quirk *quirk)
 
 static void module_comes(struct outboard_quirk *quirk, struct module *module)
 {
-	if (quirk_uvm && !strcmp(module->name, OWNER))
+	if (!strcmp(module->name, OWNER))
 		hook(quirk);
 }
 
 static void module_goes(struct outboard_quirk *quirk, struct module *module)
 {
-	if (!quirk_uvm || strcmp(module->name, OWNER))
+	if (strcmp(module->name, OWNER))
 		return;
 	unhook();
 	outboard_quirk_say(quirk, "waits for a module " OWNER " with " SYMBOL);
 }
 
+static bool needed_by(struct pci_dev *pdev)
+{
+	return pdev->vendor == PCI_VENDOR_ID_NVIDIA;
+}
+
 struct outboard_quirk outboard_quirk_uvm = {
 	.name = "uvm",
+	.wanted = &quirk_uvm,
+	.needed_by = needed_by,
+	.needs = "no function of NVIDIA's is served",
 	.start = start,
 	.stop = stop,
 	.module_comes = module_comes,

@@ -10,6 +10,7 @@
  *   press BYTES N  as fill, and then N steps on each CPU that give a mapping up and at once ask for another
  *   coherent N   N pieces of memory for both sides, of many sizes
  *   mixed N      N steps on each CPU: singles and lists, in process, with interrupts off, in softirqs and in hard interrupts
+ *   misuse WHAT  a driver's mistakes, and a few things that are none: misuse.c
  *   churn MODE LIVE PAIRS  nanoseconds of an unmapping and a mapping, MODE ours or published
  *   lists MODE N           N lists of 256 entries; exits of the published scheme
  */
@@ -23,6 +24,7 @@
 #include <linux/ktime.h>
 #include <linux/mm.h>
 #include <linux/module.h>
+#include <linux/moduleparam.h>
 #include <linux/mutex.h>
 #include <linux/pci.h>
 #include <linux/slab.h>
@@ -31,6 +33,10 @@
 #include <linux/vmalloc.h>
 
 phys_addr_t stress_ram_start, stress_ram_end;
+
+static bool shy;
+module_param(shy, bool, 0444);
+MODULE_PARM_DESC(shy, "Do nothing about DMA when bound, as drivers that start with it later");
 
 static struct dentry *folder;
 static DEFINE_MUTEX(running);
@@ -354,6 +360,8 @@ static int command(const char *text)
 	u64 ram = stress_ram_end - stress_ram_start, number, rounds;
 	int error = bench_command(device, text, report, sizeof(report));
 
+	if (error == -ENOENT)
+		error = stress_misuse(device, text, report, sizeof(report));
 	if (error != -ENOENT)
 		return error;
 	if (sscanf(text, "clusters %llu", &number) == 1 && number > 0 && number < 1 << 22)
@@ -414,7 +422,7 @@ static int take_ram(struct resource *res, void *unused)
 
 static int probe(struct pci_dev *pdev, const struct pci_device_id *id)
 {
-	int error = dma_set_mask_and_coherent(&pdev->dev, DMA_BIT_MASK(64));
+	int error = shy ? 0 : dma_set_mask_and_coherent(&pdev->dev, DMA_BIT_MASK(64));
 
 	if (error)
 		return error;

@@ -63,6 +63,7 @@ void stress_unmap(struct worker *worker, u32 index);
 void stress_mixed_step(struct worker *worker);
 void stress_map_list(struct worker *worker, struct list *list);
 void stress_unmap_list(struct worker *worker, struct list *list);
+int stress_misuse(struct device *dev, const char *text, char *report, size_t room);
 void stress_release_all(struct worker *worker);
 void stress_run_in(struct worker *worker, enum place place);
 

@@ -7,7 +7,7 @@ use outboard_abi as abi;
 use outboard_abi::published::Layout;
 use outboard_abi::{Entry, Status};
 use outboard_bus::Width;
-use outboard_companion::{Companion, Config, GuestMemory, Published, ServedSlot};
+use outboard_companion::{Allowed, Companion, Config, GuestMemory, Published, ServedSlot};
 use outboard_dart::Config as Dart;
 use outboard_host_pci::simulated::SimulatedDomain;
 use outboard_host_pci::{BusAddress, DmaDomain, DmaLimits, DmaUsage, Release, Result};
@@ -106,7 +106,7 @@ impl ServedSlot for Quiet {
         None
     }
 
-    fn allow_dma(&self, _: bool) {}
+    fn allow_dma(&self, _: Allowed) {}
     fn silence(&self) -> bool {
         true
     }

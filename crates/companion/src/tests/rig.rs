@@ -1,6 +1,6 @@
 #![allow(unsafe_code)] // UNSAFETY: implements and calls `DmaDomain::map`.
 
-use crate::{Companion, Config, GuestMemory, ServedSlot};
+use crate::{Allowed, Companion, Config, GuestMemory, ServedSlot};
 use outboard_abi as abi;
 use outboard_abi::{Entry, Op, Status};
 use outboard_bus::Width;
@@ -77,9 +77,13 @@ pub(super) struct OneFunction {
 }
 
 impl ServedSlot for OneFunction {
-    fn allow_dma(&self, allowed: bool) {
-        self.log.lock().unwrap().push(if allowed { "allowed" } else { "held" });
-        let _ = self.host.set_bus_master(allowed);
+    fn allow_dma(&self, allowed: Allowed) {
+        self.log.lock().unwrap().push(match allowed {
+            Allowed::Nobody => "held",
+            Allowed::First => "first allowed",
+            Allowed::All => "allowed",
+        });
+        let _ = self.host.set_bus_master(allowed != Allowed::Nobody);
     }
 
     fn silence(&self) -> bool {

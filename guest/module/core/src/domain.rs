@@ -1,10 +1,11 @@
 //! The mappings of one DMA device: all functions of one slot.
 
 use crate::exchange::{Counts, Device, exchange, put, receive_all};
+use crate::tracker::{Found, Tracker};
 use core::cell::UnsafeCell;
 use outboard_windows::{
     Call, Failure, Limits, List, Planner, Policy, Range, Segment, Stats, Step, Storage, StorageError, Table,
-    UnknownMapping, Use, Window,
+    Use, Window,
 };
 
 /// The lock around the planner, as the C half has it. Calls of [`Domain`] hold it shortly, and never while the host is asked.
@@ -28,6 +29,7 @@ impl<'a, D> Queue<'a, D> {
 /// A [`Table`] with its [`Planner`] and the queues by which they ask.
 pub struct Domain<'a, D, L> {
     table: Table<'a>,
+    tracker: Tracker<'a>,
     lock: L,
     slow: UnsafeCell<Slow<'a>>,
     queues: &'a [Queue<'a, D>],
@@ -37,6 +39,15 @@ pub struct Domain<'a, D, L> {
 struct Slow<'a> {
     planner: Planner<'a>,
     counts: Counts,
+}
+
+/// A driver's mistake in taking a mapping down.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Misuse {
+    /// Nothing is mapped there. Nothing changes.
+    NotMapped,
+    /// What is mapped there has another length. It is taken down whole.
+    OtherLength,
 }
 
 /// What [`Domain::stats`] tells.
@@ -65,25 +76,34 @@ impl<'a, D: Device, L: Lock> Domain<'a, D, L> {
         storage: Storage<'a>,
         limits: Limits,
         ram: &[Range],
+        tracker: Tracker<'a>,
         queues: &'a [Queue<'a, D>],
         lock: L,
     ) -> Result<Self, StorageError> {
         let (table, planner) = Planner::create(storage, limits, Policy::default(), ram)?;
         let slow = UnsafeCell::new(Slow { planner, counts: Counts::default() });
-        Ok(Self { table, lock, slow, queues })
+        Ok(Self { table, tracker, lock, slow, queues })
     }
 
     /// Maps without a lock and without asking anybody, where a window covers the range: its bus address. See [`Table::hit`].
     pub fn hit(&self, range: Range) -> Option<u64> {
-        self.table.hit(range)
+        let bus = self.table.hit(range)?;
+        self.tracker.insert(bus, range.len);
+        Some(bus)
     }
 
     /// Gives back what a mapping took; any context, no lock.
     ///
     /// # Errors
-    /// [`UnknownMapping`]: nothing was mapped so; nothing changes.
-    pub fn release(&self, bus: u64, len: u64) -> Result<(), UnknownMapping> {
-        self.table.release(bus, len)
+    /// [`Misuse`].
+    pub fn release(&self, bus: u64, len: u64) -> Result<(), Misuse> {
+        let (len, mistake) = match self.tracker.remove(bus, len) {
+            Found::It => (len, Ok(())),
+            Found::Other(actual) => (actual, Err(Misuse::OtherLength)),
+            Found::Nothing => return Err(Misuse::NotMapped),
+        };
+        self.table.release(bus, len).map_err(|_| Misuse::NotMapped)?;
+        mistake
     }
 
     /// See [`Table::hopeless`].
@@ -130,6 +150,20 @@ impl<'a, D: Device, L: Lock> Domain<'a, D, L> {
     /// The caller has queue `number` to itself, and interrupts are off.
     #[allow(unsafe_code, reason = "the C half gives each queue to one call at a time")]
     pub unsafe fn map_list(&self, number: usize, list: &mut dyn List) -> Result<(), Failure> {
+        // SAFETY: the caller's promise.
+        unsafe { self.map_entries(number, list)? };
+        for index in 0..list.count() {
+            self.tracker.insert(list.bus(index), list.range(index).len);
+        }
+        Ok(())
+    }
+
+    /// [`Self::map_list`], but nothing is noted.
+    ///
+    /// # Safety
+    /// As there.
+    #[allow(unsafe_code, reason = "the C half gives each queue to one call at a time")]
+    unsafe fn map_entries(&self, number: usize, list: &mut dyn List) -> Result<(), Failure> {
         // SAFETY: the caller's promise.
         let (call, device) = unsafe { self.queue(number) }.ok_or(Failure::Host)?;
         let mut step = self.locked(|slow| slow.planner.begin(&self.table, call, list));

@@ -1,9 +1,11 @@
 //! What the C half calls. `core.h` declares the same; `tests/header.rs` compares the two.
 #![allow(unsafe_code, reason = "the C half hands over pointers")]
 
-use crate::domain::{Domain, Lock, Queue};
+use crate::domain::{Domain, Lock, Misuse, Queue};
 use crate::exchange::{Counts, Device, Raw};
 use crate::memory::{Cutter, Queues, bytes};
+use crate::served::{Event, Slot, State, admit, next};
+use crate::tracker::{Place, Tracker, places};
 use core::ffi::c_void;
 use core::mem::size_of;
 use outboard_windows::{Bounds, Call, Failure, Limits, List, MAX_RAM_RANGES, Range, Storage, UNRESOLVED};
@@ -133,6 +135,11 @@ fn plan(config: &Config) -> Option<(Bounds, Limits, [Range; MAX_RAM_RANGES], Que
     (queues.count > 0).then_some((bounds, limits, ram, queues))
 }
 
+/// Places of a tracker of mappings.
+fn tracked(limits: Limits, ram: &[Range]) -> usize {
+    places(limits.bytes, ram.iter().fold(0, |sum, range| sum.saturating_add(range.len)))
+}
+
 /// Bytes of memory that a domain of this configuration needs; 0 if it cannot be.
 ///
 /// # Safety
@@ -142,8 +149,8 @@ pub unsafe extern "C" fn odma_core_bytes(config: *const Config) -> u64 {
     // SAFETY: the caller's promise.
     let config = unsafe { &*config };
     let need = || {
-        let (bounds, _, _, queues) = plan(config)?;
-        bytes(bounds, queues, size_of::<Core>(), size_of::<Queue<'_, Host>>())
+        let (bounds, limits, ram, queues) = plan(config)?;
+        bytes(bounds, tracked(limits, &ram), queues, size_of::<Core>(), size_of::<Queue<'_, Host>>())
     };
     need().unwrap_or(0) as u64
 }
@@ -162,6 +169,7 @@ pub unsafe extern "C" fn odma_core_create(config: *const Config, memory: *mut u8
         let mut cutter = unsafe { Cutter::new(memory, usize::try_from(len).ok()?) };
         let place = cutter.room::<Core>(1)?;
         let storage = cutter.storage(bounds)?;
+        let tracker = Tracker::new(cutter.slice::<Place>(tracked(limits, &ram))?);
         let all = cutter.room::<Queue<'static, Host>>(queues.count)?;
         for number in 0..queues.count {
             let call = Call::new(u16::try_from(number).ok()?, cutter.slice(queues.lines)?).ok()?;
@@ -180,7 +188,7 @@ pub unsafe extern "C" fn odma_core_create(config: *const Config, memory: *mut u8
         // SAFETY: all of them were just written; the block outlives the domain.
         let all = unsafe { core::slice::from_raw_parts(all, queues.count) };
         let lock = CLock { context: config.context, lock: config.lock, unlock: config.unlock };
-        let domain = Domain::new(storage, limits, &ram, all, lock).ok()?;
+        let domain = Domain::new(storage, limits, &ram, tracker, all, lock).ok()?;
         // SAFETY: room for one, aligned, cut off for it alone.
         unsafe { place.write(domain) };
         Some(place.cast_const())
@@ -209,14 +217,19 @@ pub unsafe extern "C" fn odma_core_hopeless(core: *const Core, start: u64, len: 
     unsafe { &*core }.hopeless(Range { start, len }).map_or(0, code)
 }
 
-/// Drops the reference of `len` bytes at bus address `bus`: 0, or 1 if there is none. Any context, no lock.
+/// Drops the reference of `len` bytes at bus address `bus`: 0; 1 if nothing is mapped there; 2 if that has another length (it is dropped all the
+/// same). Any context, no lock.
 ///
 /// # Safety
 /// As [`odma_core_hit`].
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn odma_core_release(core: *const Core, bus: u64, len: u64) -> i32 {
     // SAFETY: the caller's promise.
-    i32::from(unsafe { &*core }.release(bus, len).is_err())
+    match unsafe { &*core }.release(bus, len) {
+        Ok(()) => 0,
+        Err(Misuse::NotMapped) => 1,
+        Err(Misuse::OtherLength) => 2,
+    }
 }
 
 /// Maps `len` bytes at `start` by way of queue `queue` and writes their bus address to `bus`: 0, or an `enum odma_failure`.
@@ -415,4 +428,26 @@ pub unsafe extern "C" fn odma_core_next_window(core: *const Core, from: u64, win
     // SAFETY: the caller's promise.
     unsafe { window.write(filled) };
     at.saturating_add(1)
+}
+
+/// What becomes of a function in `state` when `event` happens: its next state; what is to be done goes to `acts`. The numbers are those of
+/// `served.rs`.
+///
+/// # Safety
+/// `acts` is valid.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn odma_core_function_next(state: u32, event: u32, acts: *mut u32) -> u32 {
+    let (state, what) = next(State::from_code(state), Event::from_code(event));
+    // SAFETY: the caller's promise.
+    unsafe { acts.write(what) };
+    state as u32
+}
+
+/// Whether a driver of a function can be served; see [`Slot`] for the arguments and [`crate::served::Admission`] for the answer.
+///
+/// # Safety
+/// None is needed: nothing is read through a pointer.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn odma_core_admit(closing: bool, running: bool, foreign: u32, using: u32) -> u32 {
+    admit(Slot { closing, running, foreign, using }) as u32
 }

@@ -23,6 +23,8 @@ pub mod exchange;
 pub mod ffi;
 mod memory;
 pub mod quirks;
+pub mod served;
+pub mod tracker;
 
 /// Nothing in here panics: `xtask` refuses a library in which this function is still reachable after the linker has dropped what is not
 /// used. A kernel must have an answer all the same.

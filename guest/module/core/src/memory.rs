@@ -1,6 +1,7 @@
 //! One block of memory cut into the slices that [`Storage`] asks for.
 #![allow(unsafe_code, reason = "makes slices out of memory that the C half hands over")]
 
+use crate::tracker::Place;
 use core::mem::{align_of, size_of};
 use core::sync::atomic::{AtomicU32, AtomicU64};
 use outboard_windows::{Bounds, Private, Request, Slot, Storage};
@@ -59,8 +60,15 @@ impl Cutter {
     }
 }
 
-/// Bytes that [`Cutter::storage`] needs, a batch and `queue` bytes for each queue, and `head` more, with room to align each piece.
-pub(crate) fn bytes(bounds: Bounds, queues: Queues, head: usize, queue: usize) -> Option<usize> {
+/// Bytes that [`Cutter::storage`] needs, `places` of a tracker, a batch and `queue` bytes for each queue, and `head` more, with room to align each
+/// piece.
+pub(crate) fn bytes(
+    bounds: Bounds,
+    places: usize,
+    queues: Queues,
+    head: usize,
+    queue: usize,
+) -> Option<usize> {
     let batch = size_of::<Request>().checked_mul(queues.lines)?.checked_add(ALIGN)?;
     let pieces = [
         size_of::<Slot>().checked_mul(bounds.slots)?,
@@ -68,6 +76,7 @@ pub(crate) fn bytes(bounds: Bounds, queues: Queues, head: usize, queue: usize) -
         size_of::<AtomicU32>().checked_mul(bounds.ram_map)?,
         size_of::<AtomicU64>().checked_mul(bounds.bus_keys)?,
         size_of::<AtomicU32>().checked_mul(bounds.bus_map)?,
+        size_of::<Place>().checked_mul(places)?,
         batch.checked_add(queue)?.checked_mul(queues.count)?,
         head,
     ];

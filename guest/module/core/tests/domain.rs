@@ -331,6 +331,22 @@ fn what_is_mapped_is_where_the_device_finds_it() {
 }
 
 #[test]
+fn a_drivers_mistakes_take_nobody_elses_window() {
+    let module = Module::new(16 * MIB, 1024);
+    // SAFETY: the domain is valid.
+    let release = |bus, len| unsafe { odma_core_release(module.core, bus, len) };
+    let (first, second) =
+        (module.map(page(5), 4096).expect("maps"), module.map(page(6), 4096).expect("maps"));
+    assert_eq!(second - first, 4096, "both are in one window");
+    assert_eq!((release(first, 4096), release(first, 4096)), (0, 1), "the second time nothing is there");
+    assert_eq!(release(second + 16, 4080), 1, "nothing begins there");
+    assert_eq!(module.windows().iter().map(|w| w.references).max(), Some(1), "the other one is still held");
+    assert_eq!(release(second, 100), 2, "another length takes it down whole");
+    assert_eq!(release(second, 4096), 1);
+    assert!(module.is_empty());
+}
+
+#[test]
 fn several_threads_under_pressure_leave_nothing_behind() {
     // An eighth of RAM.
     let module = Module::new(8 * MIB, 256);

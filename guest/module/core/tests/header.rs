@@ -73,3 +73,51 @@ fn functions_agree() {
     let declared = header.matches("odma_core_").count() - header.matches("struct odma_core_").count();
     assert_eq!(declared, names.len(), "core.h declares exactly these");
 }
+
+/// `NAME = VALUE` of an enumeration of `core.h`.
+fn constant(header: &str, name: &str) -> u32 {
+    let (_, rest) =
+        header.split_once(&format!("\t{name} = ")).unwrap_or_else(|| panic!("there is no {name}"));
+    let value = rest.split(',').next().expect("it ends");
+    let number = |text: &str| text.trim().parse::<u32>().expect("a number");
+    value.split_once("<<").map_or_else(|| number(value), |(one, shift)| number(one) << number(shift))
+}
+
+#[test]
+fn the_table_of_states_has_the_same_numbers() {
+    use outboard_dma_core::served::*;
+    let header = read("../core.h");
+    let numbers = [
+        ("ODMA_FREE", State::Free as u32),
+        ("ODMA_FOREIGN", State::Foreign as u32),
+        ("ODMA_BOUND", State::Served as u32),
+        ("ODMA_REFUSED", State::Refused as u32),
+        ("ODMA_LEAVING", State::Leaving as u32),
+        ("ODMA_FOUND", Event::Found as u32),
+        ("ODMA_TAKEN", Event::Taken as u32),
+        ("ODMA_BIND", Event::Bind as u32),
+        ("ODMA_DENIED", Event::Denied as u32),
+        ("ODMA_UNBOUND", Event::Unbound as u32),
+        ("ODMA_PROBE_FAILED", Event::Failed as u32),
+        ("ODMA_SETTLED", Event::Settled as u32),
+        ("ODMA_REMOVED", Event::Removed as u32),
+        ("ODMA_ACT_HOLD_MODULE", HOLD_MODULE),
+        ("ODMA_ACT_QUIET", QUIET),
+        ("ODMA_ACT_SERVE", SERVE),
+        ("ODMA_ACT_REFUSE", REFUSE),
+        ("ODMA_ACT_RESTORE", RESTORE),
+        ("ODMA_ACT_LEAKS", LEAKS),
+        ("ODMA_ACT_TRIM", TRIM),
+        ("ODMA_ACT_SETTLE", SETTLE),
+        ("ODMA_ACT_DROP_MODULE", DROP_MODULE),
+        ("ODMA_ACT_FORGET", FORGET),
+        ("ODMA_ADMIT_GO", Admission::Go as u32),
+        ("ODMA_ADMIT_START", Admission::Start as u32),
+        ("ODMA_ADMIT_CLOSING", Admission::Closing as u32),
+        ("ODMA_ADMIT_FOREIGN", Admission::Foreign as u32),
+        ("ODMA_ADMIT_LOST", Admission::Lost as u32),
+    ];
+    for (name, number) in numbers {
+        assert_eq!(constant(&header, name), number, "{name}");
+    }
+}

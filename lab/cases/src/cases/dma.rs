@@ -6,6 +6,7 @@ mod ends;
 mod kdump;
 mod late;
 mod load;
+mod misuse;
 mod stress;
 
 use crate::case::Case;
@@ -42,6 +43,7 @@ pub(super) fn cases() -> Vec<Case> {
         .chain(kdump::cases())
         .chain(late::cases())
         .chain(load::cases())
+        .chain(misuse::cases())
         .chain(stress::cases())
         .chain(bench::cases())
         .collect()

@@ -1,8 +1,10 @@
 //! The DMA device in the hands of user space: the published protocol, and a guest without manners. No module of ours is in the guest.
 
 use crate::case::{Case, Group, HOST_OF_DMA};
+use crate::cases::passthrough::class;
 use crate::guest::Guest;
 use crate::guest::dma_device::{self as dma, DmaDevice, GRANULE, PublishedFunction, register, status};
+use crate::guest::function::GuestFunction;
 use crate::guest::nvme::RawNvme;
 use crate::guest::pci::DmaPage;
 use crate::guest::published::{Driver, Layout, OK, Pages, exercise};
@@ -24,6 +26,8 @@ const RAM: u64 = 0x4000_0000;
 const MEMORY_MIB: u64 = 512;
 /// How long a device that must not do DMA is watched.
 const QUIET: Duration = Duration::from_secs(2);
+/// How long the driver of a neighbour tries.
+const NEIGHBOUR: Duration = Duration::from_secs(8);
 const PROMPT: Duration = Duration::from_secs(20);
 /// What xtask calls its NVMe disk.
 const SERIAL: &str = "outboard-lab";
@@ -74,10 +78,37 @@ fn published_host(host: &Host) -> Result<Option<String>> {
         host.part(format!("layout-{published}"), result);
     }
     assigned.release()?;
+    // A slot of two functions, of which that protocol serves one.
+    let assigned = Assigned::bind(&[Port::Several])?;
+    let spec = host.guest(Kernel::V6_12).devices(&assigned).dma(Dma::Bare("a"));
+    let result = finish(&mut host.start(&spec.arg("layout", "a").arg("neighbour", 1))?, 1);
+    // Fails if the IOMMU has seen the neighbour's raw addresses.
+    host.part("neighbour", result.and_then(|()| assigned.release()));
     Ok(None)
 }
 
+/// DMA is let through for the function that is served. The driver of the other one knows nothing of that: its raw addresses reach nobody.
+fn neighbour(guest: &mut Guest) -> Result<()> {
+    let function = PublishedFunction::open(3 + MAPPED)?;
+    let address: Vec<u64> = function.pages().iter().map(DmaPage::address).collect();
+    let [command, requests, responses, mapped @ ..] = &address[..] else { bail!("no pages") };
+    let pages = Pages { command: *command, requests: *requests, responses: *responses };
+    let driver = Driver::new(&function, Layout::A, pages).map_err(|error| anyhow!("{error}"))?;
+    let first = mapped.first().copied().context("a page")?;
+    ensure!(driver.map(&[(first, 4096)]).0 == OK, "the first mapping failed");
+    guest.need("snd_hda_intel")?;
+    let sound = GuestFunction::the(class::HDA)?;
+    // It sends its first command by DMA, and waits for an answer.
+    thread::sleep(NEIGHBOUR);
+    ensure!(sound.folder().exists(), "the neighbour is gone");
+    ensure!(driver.unmap(&[first]).0 == OK, "the unmapping failed");
+    function.check()
+}
+
 fn published_guest(guest: &mut Guest) -> Result<()> {
+    if guest.arg("neighbour").is_ok() {
+        return neighbour(guest);
+    }
     let layout = if guest.arg("layout")? == "a" { Layout::A } else { Layout::B };
     let nvme = RawNvme::open()?;
     // The guest's own addresses, before it has asked for anything: the monitor holds the device back, nothing faults.

@@ -5,6 +5,8 @@ use crate::case::{Case, Group, HOST};
 use crate::guest::{Guest, busybox};
 use crate::host::{Host, INITRD_DMA, Kernel};
 use anyhow::{Context, Result, ensure};
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::unistd::Pid;
 use std::fs;
 use std::time::Duration;
 
@@ -116,8 +118,13 @@ fn uvm(_: &mut Guest) -> Result<()> {
     // Without the quirk it is as NVIDIA's driver has it: no second try.
     load("nvidia", &[])?;
     ensure!(uvm_call(LARGE, LARGE, 0, 0)? == (LARGE, false), "the stand-in does not do what it stands for");
-    // The driver is there first; goes; comes back.
+    // Nothing is served here, so nobody needs it.
     load(MODULE, &[])?;
+    says("uvm", "off: no function of NVIDIA's is served")?;
+    ensure!(uvm_call(LARGE, LARGE, 0, 0)? == (LARGE, false), "a quirk that nobody needs works");
+    unload(MODULE)?;
+    // The driver is there first; goes; comes back.
+    load(MODULE, &["quirk_uvm=1"])?;
     says("uvm", "on")?;
     uvm_works()?;
     for _ in 0..3 {
@@ -132,7 +139,7 @@ fn uvm(_: &mut Guest) -> Result<()> {
     ensure!(uvm_call(LARGE, LARGE, 0, 0)? == (LARGE, false), "the quirk outlived its module");
     unload("nvidia")?;
     // The module is there first.
-    load(MODULE, &[])?;
+    load(MODULE, &["quirk_uvm=1"])?;
     says("uvm", "waits")?;
     load("nvidia", &[])?;
     says("uvm", "on")?;
@@ -227,18 +234,23 @@ fn set_online(cpu: u32, online: bool) -> Result<()> {
 
 fn tso(_: &mut Guest) -> Result<()> {
     unknown()?;
+    // Nothing is served here, so nobody needs it.
+    load(MODULE, &["test_tso_cpus=2"])?;
+    says("tso", "off: no function is served")?;
+    unknown()?;
+    unload(MODULE)?;
     // These CPUs do not have it: off.
-    load(MODULE, &[])?;
+    load(MODULE, &["quirk_tso=1"])?;
     says("tso", "off: not every CPU")?;
     unknown()?;
     unload(MODULE)?;
     // One of two has it: off.
-    load(MODULE, &["test_tso_cpus=1"])?;
+    load(MODULE, &["quirk_tso=1", "test_tso_cpus=1"])?;
     says("tso", "off: not every CPU")?;
     unknown()?;
     unload(MODULE)?;
     // Both.
-    load(MODULE, &["test_tso_cpus=2"])?;
+    load(MODULE, &["quirk_tso=1", "test_tso_cpus=2"])?;
     says("tso", "on: FOR TESTS ONLY")?;
     known()?;
     storm()?;
@@ -246,7 +258,7 @@ fn tso(_: &mut Guest) -> Result<()> {
     unknown()?;
     // All that are there have it, then one comes that does not.
     set_online(1, false)?;
-    load(MODULE, &["test_tso_cpus=1"])?;
+    load(MODULE, &["quirk_tso=1", "test_tso_cpus=1"])?;
     says("tso", "on")?;
     known()?;
     set_online(1, true)?;
@@ -273,6 +285,17 @@ fn clears() -> Result<()> {
     Ok(())
 }
 
+/// The same on one CPU.
+fn clears_on(cpu: usize) -> Result<()> {
+    let pinned = std::thread::spawn(move || {
+        let mut set = CpuSet::new();
+        set.set(cpu)?;
+        sched_setaffinity(Pid::from_raw(0), &set)?;
+        clears()
+    });
+    pinned.join().map_err(|_| anyhow::anyhow!("the thread panicked"))?
+}
+
 fn dczva(_: &mut Guest) -> Result<()> {
     load(ZVA, &[])?;
     let [questions, answers, zvas] = numbers("kernel")?;
@@ -283,9 +306,9 @@ fn dczva(_: &mut Guest) -> Result<()> {
         "the test module's own code reads {own:?} (the CPU's blocks should have 64 bytes)"
     );
     clears()?;
-    // Without an AMD GPU it is off by itself.
+    // Where no AMD GPU is served it is off by itself.
     load(MODULE, &[])?;
-    says("dczva", "off: no AMD GPU")?;
+    says("dczva", "off: no AMD GPU is served")?;
     unload(MODULE)?;
     for round in 0..3 {
         load(MODULE, &["quirk_dczva=1"])?;
@@ -317,6 +340,15 @@ fn dczva(_: &mut Guest) -> Result<()> {
         ensure!(numbers("own")? == own, "the test module is not as it was: {:?}", numbers("own")?);
         clears()?;
     }
+    // A CPU that comes later runs what was rewritten while it was away, and what is put back.
+    set_online(1, false)?;
+    load(MODULE, &["quirk_dczva=1"])?;
+    set_online(1, true)?;
+    clears_on(1)?;
+    set_online(1, false)?;
+    unload(MODULE)?;
+    set_online(1, true)?;
+    clears_on(1)?;
     // The module goes after one that it rewrote.
     load(MODULE, &["quirk_dczva=1"])?;
     unload(ZVA)?;

@@ -35,7 +35,7 @@ pub fn after(guest: &mut Guest) -> Result<()> {
     }
     kernel_log::check(Path::new(DEBUGFS))?;
     // Where there is too little room, mappings may fail for want of it, and only for that.
-    let never = ["lost", "leaks", "host_refused", "unknown", "masked", "refused"].iter();
+    let never = ["lost", "leaks", "host_refused", "unknown", "misused", "masked", "refused"].iter();
     let never: Vec<&str> =
         never.chain(&["failures", "failed"][..if dma == Dma::Tight { 0 } else { 2 }]).copied().collect();
     // Not every device that a guest has needs to have a driver.

@@ -8,7 +8,7 @@ use crate::guest::dma::{Stats, domains};
 use crate::guest::function::GuestFunction;
 use crate::guest::{Guest, kexec, load_module, wait_for};
 use crate::host::{Assigned, Disk, ExitKind, GuestSpec, Host, Kernel, Port};
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use std::fs;
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -39,7 +39,7 @@ pub(super) fn cases() -> Vec<Case> {
     vec![
         case(
             "dma-mac-rebind",
-            "nvme unbound and bound again: nothing stays mapped in between",
+            "nvme unbound under traffic and bound again: nothing stays mapped in between, bus master is off",
             plain_host,
             rebind,
         ),
@@ -87,7 +87,14 @@ fn rebind(guest: &mut Guest) -> Result<()> {
     disk.flush()?;
     drop(disk);
     for _ in 0..REBINDS {
+        let reader = GuestDisk::direct("nvme0n1")?;
+        let traffic = std::thread::spawn(move || while reader.check_pattern(PATTERN, 0, BLOCKS).is_ok() {});
+        std::thread::sleep(Duration::from_millis(200));
         function.unbind()?;
+        // The last of its reads fails.
+        traffic.join().map_err(|_| anyhow!("the reader panicked"))?;
+        let command = fs::read(function.folder().join("config"))?[4];
+        ensure!(command & (1 << 2) == 0, "bus master is on without a driver: {command:#x}");
         let stats = Stats::read(&domains()?[0])?;
         for key in ["mapped_windows", "mapped_bytes", "used_windows", "live", "leaks"] {
             ensure!(stats.value(key)? == 0, "{key} without a driver:\n{}", stats.text);
