@@ -74,6 +74,9 @@ pub struct VmStatus {
     pub disks: Vec<Disk>,
     /// Networks, in order.
     pub networks: Vec<Network>,
+    /// How far the process is confined, in words.
+    #[serde(default)]
+    pub jail: String,
     /// Counts since the last boot; none while there is no machine.
     pub counters: Option<Counters>,
 }

@@ -6,8 +6,8 @@ use crate::devices::Host;
 use crate::signals::Signals;
 use crate::status::Board;
 use crate::vcpus::VcpuEvent;
-use crate::{Error, MachineSpec};
-use outboard_control::GuestState;
+use crate::{Error, MachineSpec, jail};
+use outboard_control::{GuestState, Server};
 use outboard_hypervisor::Hypervisor;
 use outboard_passthrough::Vacated;
 use std::sync::Arc;
@@ -80,7 +80,8 @@ pub fn run(spec: &MachineSpec, hypervisor: &dyn Hypervisor) -> Result<Outcome, E
     let signals = Signals::install(sender.clone())?;
     let board = Arc::new(Board::new(spec));
     let control = control::listen(spec, &board, &sender)?;
-    let outcome = boots(spec, hypervisor, &mut inputs, (&sender, events), (&signals, &board));
+    let outcome =
+        boots(spec, hypervisor, &mut inputs, (&sender, events), (&signals, &board, control.as_ref()));
     // The channel has gone with `boots`, so that every request under way is answered by now.
     drop(control);
     outcome
@@ -92,9 +93,11 @@ fn boots(
     hypervisor: &dyn Hypervisor,
     inputs: &mut Inputs,
     (sender, events): (&EventSender, Receiver<MachineEvent>),
-    (signals, board): (&Signals, &Arc<Board>),
+    (signals, board, control): (&Signals, &Arc<Board>, Option<&Server>),
 ) -> Result<Outcome, Error> {
     let mut host = Host::open(spec, std::mem::take(&mut inputs.disks), sender, board)?;
+    // Everything is open, and no guest has run.
+    board.confined(&jail::enter(spec, control)?);
     let mut power = PowerButton::default();
     loop {
         board.set_state(GuestState::Starting);

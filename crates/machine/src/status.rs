@@ -64,6 +64,11 @@ impl Board {
         self.lock().status.name = name.to_string();
     }
 
+    /// How far the process is confined.
+    pub(crate) fn confined(&self, confinement: &outboard_jail::Confinement) {
+        self.lock().status.jail = confinement.to_string();
+    }
+
     pub(crate) fn set_state(&self, state: GuestState) {
         self.lock().status.state = state;
     }
@@ -284,6 +289,7 @@ mod tests {
             spare_ports: 1,
             no_reboot: false,
             vcpu: VcpuOptions { tso: false, priority: ThreadPriority::Normal },
+            jail: outboard_jail::Mode::Off,
         };
         let power = Arc::new(Event::new().unwrap());
         let port = Arc::new(RootPort::with_hot_plug(3, HotPlug { msi: Arc::new(Nowhere), power }));

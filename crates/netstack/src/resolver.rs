@@ -71,7 +71,8 @@ impl File {
         }
         self.modified = modified;
         self.current = 0;
-        self.servers = parse(&std::fs::read_to_string(&self.path).unwrap_or_default());
+        self.servers =
+            parse(&String::from_utf8_lossy(&outboard_jail::read_file(&self.path).unwrap_or_default()));
         if self.servers.is_empty() {
             // What resolv.conf(5) says happens without any nameserver line.
             self.servers.push(IpAddr::V4(Ipv4Addr::LOCALHOST));

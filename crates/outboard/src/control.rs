@@ -148,7 +148,7 @@ fn object(status: &VmStatus) -> Value {
 }
 
 fn paragraph(status: &VmStatus) -> String {
-    let VmStatus { name, pid, state, uptime_s, boots, vcpus, memory, slots, disks, networks, counters } =
+    let VmStatus { name, pid, state, uptime_s, boots, vcpus, memory, slots, disks, networks, jail, counters } =
         status;
     let state = match state {
         GuestState::Starting => "starting",
@@ -172,6 +172,7 @@ fn paragraph(status: &VmStatus) -> String {
         }
         text += "\n";
     }
+    let _ = writeln!(text, "  jail {jail}");
     if let Some(counters) = counters {
         let (unmapped, refused) = (counters.unmapped_accesses, counters.refused_accesses);
         if unmapped + refused > 0 {

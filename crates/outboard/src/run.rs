@@ -1,6 +1,7 @@
 use clap::Args;
 use outboard_control::Name;
 use outboard_hypervisor::{Capabilities, ThreadPriority, VcpuOptions};
+use outboard_jail::Mode;
 use outboard_machine::{
     ConsoleTarget, DeviceSpec, DiskSpec, EXIT_KILLED, Error, Inputs, MachineSpec, Outcome, Plan, VsockSpec,
     parse_size,
@@ -99,6 +100,11 @@ pub struct RunArgs {
     #[arg(long)]
     high_priority: bool,
 
+    /// Keep the process from what it does not need once the machine is set up: other system calls, other files. `off` is for debugging;
+    /// `log` lets forbidden system calls pass and has the kernel log them.
+    #[arg(long, value_name = "on|off|log", default_value = "on")]
+    jail: Mode,
+
     /// Check everything and print what would be built, but run nothing.
     #[arg(long)]
     dry_run: bool,
@@ -124,6 +130,7 @@ impl RunArgs {
             spare_ports: self.spare_ports.into(),
             no_reboot: self.no_reboot,
             vcpu: VcpuOptions { tso: self.tso, priority },
+            jail: self.jail,
         }
     }
 }

@@ -5,6 +5,7 @@ use crate::{
     WorkQueue, Worker,
 };
 use outboard_bus::{Event, poll_readable, warn_limited};
+use outboard_jail::ThreadKind;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
@@ -81,7 +82,7 @@ impl VirtioDevice for Console {
         };
         let stopped = Arc::clone(&wake);
         let body = move |stop: &Stop| run(backend, [receive, transmit], &memory, interrupt, stop, &stopped);
-        self.worker = Some(Worker::spawn(&self.name, wake, body)?);
+        self.worker = Some(Worker::spawn(ThreadKind::Console, &self.name, wake, body)?);
         Ok(())
     }
 

@@ -1,4 +1,5 @@
 use outboard_bus::Event;
+use outboard_jail::ThreadKind;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -33,18 +34,19 @@ pub struct Worker<T> {
 }
 
 impl<T: Send + 'static> Worker<T> {
-    /// Starts a thread called `name` (Linux shows 15 bytes of it) that waits for `wake`, usually a queue's doorbell.
+    /// Starts a thread of `kind` called `name` (Linux shows 15 bytes of it) that waits for `wake`, usually a queue's doorbell.
     ///
     /// # Errors
     /// The operating system's, when there can be no more threads.
     pub fn spawn(
+        kind: ThreadKind,
         name: &str,
         wake: Arc<Event>,
         body: impl FnOnce(&Stop) -> T + Send + 'static,
     ) -> io::Result<Self> {
         let stop = Arc::new(Stop::default());
         let for_thread = Arc::clone(&stop);
-        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || body(&for_thread))?;
+        let thread = outboard_jail::spawn(kind, name, move || body(&for_thread))?;
         Ok(Self { stop, wake, thread: Some(thread) })
     }
 
@@ -77,7 +79,7 @@ mod tests {
     fn stop_gives_the_state_back() {
         let wake = Arc::new(Event::new().unwrap());
         let for_thread = Arc::clone(&wake);
-        let worker = Worker::spawn("test", Arc::clone(&wake), move |stop| {
+        let worker = Worker::spawn(ThreadKind::Entropy, "test", Arc::clone(&wake), move |stop| {
             let mut wakes = 0;
             while stop.wait(&for_thread) {
                 wakes += 1;
@@ -94,7 +96,7 @@ mod tests {
         let wake = Arc::new(Event::new().unwrap());
         let alive = Arc::new(());
         let (for_thread, held) = (Arc::clone(&wake), Arc::clone(&alive));
-        let worker = Worker::spawn("test", wake, move |stop| {
+        let worker = Worker::spawn(ThreadKind::Entropy, "test", wake, move |stop| {
             let _held = held;
             while stop.wait(&for_thread) {}
         });

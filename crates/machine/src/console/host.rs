@@ -160,7 +160,7 @@ impl Drop for ConsoleHost {
         match self {
             Self::Stdio { .. } => terminal::restore_terminal(),
             Self::Socket { path, .. } => {
-                let _ = std::fs::remove_file(path);
+                let _ = outboard_jail::remove_file(path);
             }
             Self::None | Self::File(_) => {}
         }

@@ -13,6 +13,7 @@ pub use disk::{Disk, DiskFormat, DiskOptions};
 pub use error::DiskError;
 
 use crate::{Activation, ActiveQueue, GuestMemory, VirtioDevice, VirtioInterrupt, WorkQueue, Worker};
+use outboard_jail::ThreadKind;
 use raw::Scratch;
 use request::{ID_LEN, Server};
 use std::io;
@@ -73,7 +74,7 @@ impl Block {
         let (name, id, disk) = (self.name.clone(), self.id, Arc::clone(&self.disk));
         let thread = format!("{name}-q{}", queue.index);
         let wake = Arc::clone(&queue.doorbell);
-        Worker::spawn(&thread, wake, move |stop| {
+        Worker::spawn(ThreadKind::Block, &thread, wake, move |stop| {
             let mut server =
                 Server { name: &name, disk: &disk, id, write_through, scratch: Scratch::default() };
             WorkQueue::new(queue, &memory, interrupt).serve(stop, |request| server.serve(request));

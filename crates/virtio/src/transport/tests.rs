@@ -48,21 +48,26 @@ impl VirtioDevice for Echo {
             let memory = activation.memory.clone();
             let interrupt = Arc::clone(&activation.interrupt);
             let wake = Arc::clone(&queue.doorbell);
-            self.workers.push(Worker::spawn("echo", wake, move |stop| {
-                WorkQueue::new(queue, &memory, interrupt).serve(stop, |request| {
-                    let mut written = 0;
-                    let mut chunk = [0; 512];
-                    while written < 1 << 20 {
-                        let n = request.readable.read(&mut chunk);
-                        let n = request.writable.write(&chunk[..n]);
-                        if n == 0 {
-                            break;
+            self.workers.push(Worker::spawn(
+                outboard_jail::ThreadKind::Entropy,
+                "echo",
+                wake,
+                move |stop| {
+                    WorkQueue::new(queue, &memory, interrupt).serve(stop, |request| {
+                        let mut written = 0;
+                        let mut chunk = [0; 512];
+                        while written < 1 << 20 {
+                            let n = request.readable.read(&mut chunk);
+                            let n = request.writable.write(&chunk[..n]);
+                            if n == 0 {
+                                break;
+                            }
+                            written += n as u32;
                         }
-                        written += n as u32;
-                    }
-                    Ok(written)
-                });
-            })?);
+                        Ok(written)
+                    });
+                },
+            )?);
         }
         Ok(())
     }
