@@ -78,7 +78,7 @@ pub(super) fn of(kind: ThreadKind, who: Who) -> Vec<Call> {
             calls.extend(calls![SYS_newfstatat, SYS_statx, SYS_flock]);
             calls.extend(waiting());
             calls.extend(streams());
-            ioctls.extend([KVM_MACHINE, KVM_VCPU, KVM_EVENTS, VFIO_DEVICE, VFIO_DOMAIN, BLOCK]);
+            ioctls.extend([KVM_MACHINE, KVM_MEMORY, KVM_VCPU, KVM_EVENTS, VFIO_DEVICE, VFIO_DOMAIN]);
         }
         ThreadKind::Signals => calls.extend(streams()),
         ThreadKind::Control => {
@@ -95,7 +95,7 @@ pub(super) fn of(kind: ThreadKind, who: Who) -> Vec<Call> {
             calls.extend(streams());
             // Before it first runs, with --high-priority.
             calls.push(Call { when: itself(who), ..call!(SYS_sched_setscheduler) });
-            ioctls = vec![KVM_VCPU, KVM_EVENTS, VFIO_DEVICE, VFIO_DOMAIN, KVM_MACHINE, BLOCK, TERMINAL];
+            ioctls = vec![KVM_VCPU, KVM_EVENTS, KVM_MEMORY, VFIO_DEVICE, VFIO_DOMAIN, TERMINAL];
         }
         ThreadKind::Block => {
             calls.extend(files());
@@ -128,7 +128,7 @@ pub(super) fn of(kind: ThreadKind, who: Who) -> Vec<Call> {
         ThreadKind::Entropy => ioctls.push(KVM_EVENTS),
         ThreadKind::Pci | ThreadKind::Dma => {
             calls.extend(files());
-            ioctls.extend([KVM_EVENTS, KVM_MACHINE, VFIO_DEVICE, VFIO_DOMAIN]);
+            ioctls.extend([KVM_EVENTS, KVM_MEMORY, VFIO_DEVICE, VFIO_DOMAIN]);
         }
         ThreadKind::Log => calls.extend(rotation()),
     }
@@ -407,8 +407,9 @@ const KVM_EVENTS: Requests = &[
     (0x4020_ae76, "KVM_IRQFD"),
     (0x4040_ae79, "KVM_IOEVENTFD"),
 ];
+/// RAM, and BARs that the guest moves.
+const KVM_MEMORY: Requests = &[(0x4020_ae46, "KVM_SET_USER_MEMORY_REGION")];
 const KVM_MACHINE: Requests = &[
-    (0x4020_ae46, "KVM_SET_USER_MEMORY_REGION"),
     (0xae01, "KVM_CREATE_VM"),
     (0xae03, "KVM_CHECK_EXTENSION"),
     (0xae04, "KVM_GET_VCPU_MMAP_SIZE"),
