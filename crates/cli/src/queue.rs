@@ -2,6 +2,7 @@
 
 use crate::RotatingFile;
 use crate::descriptor::{survive_background, write_all};
+use outboard_jail::ThreadKind;
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
@@ -95,7 +96,7 @@ impl Writer {
             Shared { what: what.to_owned(), kind, limit, state: Mutex::default(), changed: Condvar::new() };
         let shared = Arc::new(shared);
         let its = shared.clone();
-        std::thread::Builder::new().name("output".into()).spawn(move || empty(&its, target))?;
+        outboard_jail::spawn(ThreadKind::Log, "output", move || empty(&its, target))?;
         Ok(Self { shared })
     }
 
@@ -180,6 +181,8 @@ fn empty(shared: &Shared, mut target: Target) {
     let (mut reported, mut is_cut) = (None, false);
     loop {
         let Some(piece) = next(shared) else { return };
+        // The log's thread is older than the jail.
+        outboard_jail::confine(ThreadKind::Log);
         let (done, result) = match (&mut target, is_cut && shared.kind == Kind::Messages) {
             (Target::Descriptor(file), false) => write_all(file, &piece),
             (Target::Descriptor(file), true) => write_all(file, &[b"\n", &piece[..]].concat()),

@@ -2,6 +2,7 @@
 
 use crate::batch::{Batch, Queue};
 use crate::core::Core;
+use outboard_jail::ThreadKind;
 use std::collections::VecDeque;
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -42,7 +43,7 @@ impl Worker {
             changed: Condvar::new(),
         });
         let worker = shared.clone();
-        let thread = std::thread::Builder::new().name(core.name.clone()).spawn(move || worker.work())?;
+        let thread = outboard_jail::spawn(ThreadKind::Dma, &core.name, move || worker.work())?;
         Ok(Self { shared, thread: Some(thread) })
     }
 

@@ -77,6 +77,9 @@ pub struct VmStatus {
     /// Devices that have failed and are out of use, though the machine works on.
     #[serde(default)]
     pub failed: Vec<FailedDevice>,
+    /// How far the process is confined, in words.
+    #[serde(default)]
+    pub jail: String,
     /// Counts since the last boot; none while there is no machine.
     pub counters: Option<Counters>,
 }

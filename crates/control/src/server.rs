@@ -3,12 +3,13 @@
 use crate::{Answer, Error, Folder, Name, Request, line};
 use mio::net::UnixListener;
 use mio::{Events, Interest, Poll, Token, Waker};
+use outboard_jail::ThreadKind;
 use std::fs::{File, OpenOptions, Permissions, TryLockError};
 use std::io::{self, Write};
 use std::net::Shutdown;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -41,7 +42,7 @@ pub struct Server {
     thread: Option<JoinHandle<()>>,
     connections: Arc<Connections>,
     // Last: whoever gets the lock next finds no socket of ours.
-    _lock: Lock,
+    lock: Lock,
 }
 
 impl Server {
@@ -80,21 +81,25 @@ impl Server {
                 tracing::warn!("waiting for control requests: {error}; there are no more from here on");
             }
         };
-        let thread =
-            std::thread::Builder::new().name("control".into()).spawn(body).map_err(Error::Resources)?;
-        Ok(Self { name, socket, waker, thread: Some(thread), connections, _lock: lock })
+        let thread = outboard_jail::spawn(ThreadKind::Control, "control", body).map_err(Error::Resources)?;
+        Ok(Self { name, socket, waker, thread: Some(thread), connections, lock })
     }
 
     /// The VM's name.
     pub fn name(&self) -> &Name {
         &self.name
     }
+
+    /// The files that are removed when it is dropped.
+    pub fn files(&self) -> [&Path; 2] {
+        [&self.socket, &self.lock.path]
+    }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
         // It is ours: we have the lock. If it is gone already, so be it.
-        let _ = std::fs::remove_file(&self.socket);
+        let _ = outboard_jail::remove_file(&self.socket);
         if let Err(error) = self.waker.wake() {
             tracing::warn!("the control socket's thread cannot be stopped: {error}");
             return;
@@ -115,6 +120,8 @@ fn accept(mut poll: Poll, listener: &UnixListener, connections: &Arc<Connections
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
             polled => polled?,
         }
+        // It waits since before the process was confined.
+        outboard_jail::confine(ThreadKind::Control);
         if events.iter().any(|event| event.token() == STOP) {
             return Ok(());
         }
@@ -161,7 +168,7 @@ impl Connections {
                 // By itself it closes only with `ours`. The client may be gone already.
                 let _ = stream.shutdown(Shutdown::Both);
             };
-            Ok((ours, std::thread::Builder::new().name("control client".into()).spawn(body)?))
+            Ok((ours, outboard_jail::spawn(ThreadKind::Control, "control client", body)?))
         });
         match served {
             Ok(connection) => open.push(connection),
@@ -236,7 +243,7 @@ impl Lock {
 impl Drop for Lock {
     fn drop(&mut self) {
         // While it is still locked, so that it is ours that is removed.
-        let _ = std::fs::remove_file(&self.path);
+        let _ = outboard_jail::remove_file(&self.path);
         let _ = self.file.unlock();
     }
 }

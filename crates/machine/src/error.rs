@@ -14,6 +14,9 @@ pub enum Error {
     /// Kernel or initrd.
     #[error(transparent)]
     Boot(#[from] outboard_platform::boot::BootError),
+    /// The process could not be confined.
+    #[error(transparent)]
+    Jail(#[from] outboard_jail::Error),
     /// Number of vCPUs.
     #[error("{asked} vCPUs: give --cpus a number from 1 to {most}")]
     Cpus {

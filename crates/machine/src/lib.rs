@@ -7,6 +7,7 @@ mod devices;
 mod dma;
 mod error;
 mod intx;
+mod jail;
 mod memory;
 mod panic_check;
 mod passthrough;

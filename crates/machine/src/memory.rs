@@ -153,6 +153,7 @@ fn allocate(range: &Range<u64>) -> io::Result<(GuestMemory, NonNull<u8>)> {
         aligned
     };
     prefer_huge_pages(aligned, size);
+    keep_out_of_core_files(aligned, size);
     // SAFETY: `aligned` is a mapping of `size` bytes with these flags; `free` unmaps it once no region refers to it.
     let builder = unsafe { MmapRegionBuilder::<()>::new(size).with_raw_mmap_pointer(aligned) };
     let region = builder.with_mmap_prot(prot).with_mmap_flags(flags).build().map_err(io::Error::other)?;
@@ -183,6 +184,17 @@ fn prefer_huge_pages(start: *mut u8, size: usize) {
     // SAFETY: advice on the mapping just made; a refusal changes nothing.
     unsafe {
         libc::madvise(start.cast(), size, libc::MADV_HUGEPAGE);
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = (start, size);
+}
+
+/// What the guest has in memory is nobody's business who reads a core file.
+fn keep_out_of_core_files(start: *mut u8, size: usize) {
+    #[cfg(target_os = "linux")]
+    // SAFETY: advice on the mapping just made; no kernel since 3.4 refuses it.
+    unsafe {
+        libc::madvise(start.cast(), size, libc::MADV_DONTDUMP);
     }
     #[cfg(not(target_os = "linux"))]
     let _ = (start, size);

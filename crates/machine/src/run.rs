@@ -10,7 +10,7 @@ use crate::plan::Plan;
 use crate::signals::Signals;
 use crate::status::Board;
 use crate::vcpus::VcpuEvent;
-use crate::{Error, MachineSpec, room};
+use crate::{Error, MachineSpec, jail, room};
 use outboard_cli::Chain;
 use outboard_control::{GuestState, Server};
 use outboard_hypervisor::{Capabilities, Hypervisor};
@@ -87,7 +87,8 @@ pub fn run(spec: &MachineSpec, hypervisor: &dyn Hypervisor) -> Result<Outcome, E
     let signals = Signals::install(sender.clone())?;
     let board = Arc::new(Board::new(spec, &inputs.nets));
     let (control, host) = open_host(spec, &mut inputs, &sender, &board)?;
-    let outcome = boots(spec, hypervisor, (&inputs, host), (&sender, events), (&signals, &board));
+    let outcome =
+        boots(spec, hypervisor, (&inputs, host), (&sender, events), (&signals, &board, control.as_ref()));
     // The channel has gone with `boots`, so that every request under way is answered by now.
     drop(control);
     outcome
@@ -128,8 +129,10 @@ fn boots(
     hypervisor: &dyn Hypervisor,
     (inputs, mut host): (&Inputs, Host),
     (sender, events): (&EventSender, Receiver<MachineEvent>),
-    (signals, board): (&Signals, &Arc<Board>),
+    (signals, board, control): (&Signals, &Arc<Board>, Option<&Server>),
 ) -> Result<Outcome, Error> {
+    // Everything is open, and no guest has run.
+    board.confined(&jail::enter(spec, control)?);
     let mut power = PowerButton::default();
     loop {
         board.set_state(GuestState::Starting);

@@ -3,6 +3,7 @@
 use crate::Error;
 use crate::run::{EventSender, MachineEvent};
 use crate::terminal::restore_terminal;
+use outboard_jail::ThreadKind;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::{Handle, Signals as Iterator};
 use std::sync::Arc;
@@ -32,13 +33,15 @@ impl Signals {
         let counter = count.clone();
         let body = move || {
             for _ in signals.forever() {
+                // It waits since before the process was confined.
+                outboard_jail::confine(ThreadKind::Signals);
                 events.send(MachineEvent::Terminate);
                 if counter.fetch_add(1, Ordering::Relaxed) + 1 == 2 {
                     end_if_stuck();
                 }
             }
         };
-        let thread = std::thread::Builder::new().name("signals".into()).spawn(body).map_err(Error::Thread)?;
+        let thread = outboard_jail::spawn(ThreadKind::Signals, "signals", body).map_err(Error::Thread)?;
         Ok(Self { handle, thread: Some(thread), count })
     }
 
@@ -59,7 +62,7 @@ impl Drop for Signals {
 
 /// A host that does not answer (a dead network file system under a disk) must not keep the process from ending.
 fn end_if_stuck() {
-    std::thread::spawn(|| {
+    let body = || {
         std::thread::sleep(LAST_RESORT);
         restore_terminal();
         outboard_cli::say!(
@@ -68,5 +71,8 @@ fn end_if_stuck() {
         );
         outboard_cli::flush(Duration::from_secs(1));
         std::process::exit(crate::EXIT_KILLED);
-    });
+    };
+    if let Err(error) = outboard_jail::spawn(ThreadKind::Signals, "last resort", body) {
+        tracing::warn!("nothing ends the process should it not stop by itself: {error}");
+    }
 }

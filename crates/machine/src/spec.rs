@@ -48,6 +48,8 @@ pub struct MachineSpec {
     pub no_reboot: bool,
     /// For every vCPU.
     pub vcpu: VcpuOptions,
+    /// How the process is confined once everything is open.
+    pub jail: outboard_jail::Mode,
 }
 
 impl MachineSpec {

@@ -71,6 +71,11 @@ impl Board {
         self.lock().status.name = name.to_string();
     }
 
+    /// How far the process is confined.
+    pub(crate) fn confined(&self, confinement: &outboard_jail::Confinement) {
+        self.lock().status.jail = confinement.to_string();
+    }
+
     pub(crate) fn set_state(&self, state: GuestState) {
         self.lock().status.state = state;
     }
@@ -303,6 +308,7 @@ mod tests {
             log: None,
             no_reboot: false,
             vcpu: VcpuOptions { tso: false, priority: ThreadPriority::Normal },
+            jail: outboard_jail::Mode::Off,
         };
         let power = Arc::new(Event::new().unwrap());
         let port = Arc::new(RootPort::with_hot_plug(3, HotPlug { msi: Arc::new(Nowhere), power }));

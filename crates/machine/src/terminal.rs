@@ -42,6 +42,16 @@ pub(crate) fn make_raw() -> io::Result<()> {
     Ok(())
 }
 
+/// The same out of a signal handler, which must not wait: should another thread be at it just now, that one gives it back.
+pub(crate) fn restore_terminal_now() {
+    if let Ok(mut saved) = SAVED.try_lock()
+        && let Some(saved) = saved.take()
+    {
+        // SAFETY: `saved` came from tcgetattr; tcsetattr is async-signal-safe.
+        unsafe { libc::tcsetattr(libc::STDIN_FILENO, libc::TCSANOW, &saved) };
+    }
+}
+
 /// Gives the terminal back as it was; does nothing if it is not raw. Called at every way out of the process.
 pub fn restore_terminal() {
     if let Some(saved) = SAVED.lock().unwrap_or_else(|e| e.into_inner()).take() {

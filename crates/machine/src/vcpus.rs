@@ -3,6 +3,7 @@
 use crate::Error;
 use outboard_bus::{MmioBus, Width, warn_limited};
 use outboard_hypervisor::{Exit, Kick, Register, Vcpu, Vm};
+use outboard_jail::ThreadKind;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -127,7 +128,7 @@ impl Vcpus {
                 }
             };
             let name = format!("vcpu{index}");
-            let thread = std::thread::Builder::new().name(name).spawn(body).map_err(Error::Thread)?;
+            let thread = outboard_jail::spawn(ThreadKind::Vcpu, &name, body).map_err(Error::Thread)?;
             vcpus.threads.push(thread);
             let kicker = made.recv().expect("the thread sends before it ends")?;
             vcpus.kickers.push(kicker);

@@ -71,7 +71,8 @@ impl Resolver {
             return;
         }
         file.modified = modified;
-        let (mut addresses, unusable) = parse(&std::fs::read_to_string(&file.path).unwrap_or_default());
+        let text = outboard_jail::read_file(&file.path).unwrap_or_default();
+        let (mut addresses, unusable) = parse(&String::from_utf8_lossy(&text));
         if addresses.is_empty() {
             // What resolv.conf(5) says happens without any nameserver line.
             addresses.push((Ipv4Addr::LOCALHOST, DNS_PORT).into());

@@ -167,6 +167,7 @@ fn paragraph(status: &VmStatus) -> String {
         disks,
         networks,
         failed,
+        jail,
         counters,
     } = status;
     let state = match state {
@@ -194,6 +195,7 @@ fn paragraph(status: &VmStatus) -> String {
     for device in failed {
         let _ = writeln!(text, "  {} has failed and is out of use: {}", device.name, device.why);
     }
+    let _ = writeln!(text, "  jail {jail}");
     if let Some(counters) = counters {
         let (unmapped, refused) = (counters.unmapped_accesses, counters.refused_accesses);
         if unmapped + refused > 0 {

@@ -47,7 +47,8 @@ const EXIT_STATUS: &str = "Exit status:
   1  Outboard could not start or run the machine
   2  the command line was wrong
   3  the guest's kernel panicked
-  4  the machine was stopped hard: Ctrl-A x, a second SIGTERM, or no answer to the power key";
+  4  the machine was stopped hard: Ctrl-A x, a second SIGTERM, or no answer to the power key
+  5  Outboard asked its kernel for something that the jail forbids: a bug, or an attack on it";
 
 fn main() -> ExitCode {
     let cli = Cli::parse();

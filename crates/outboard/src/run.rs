@@ -3,6 +3,7 @@ use clap::Args;
 use outboard_cli::{MIB, parse_size};
 use outboard_control::Name;
 use outboard_hypervisor::{Capabilities, ThreadPriority, VcpuOptions};
+use outboard_jail::Mode;
 use outboard_machine::{
     ConsoleTarget, DeviceSpec, DiskSpec, EXIT_KILLED, Error, MachineSpec, Outcome, VsockSpec,
 };
@@ -102,6 +103,11 @@ pub struct RunArgs {
     #[arg(long)]
     high_priority: bool,
 
+    /// Keep the process from what it does not need once the machine is set up: other system calls, other files. `off` is for debugging;
+    /// `log` lets forbidden system calls pass and has the kernel log them.
+    #[arg(long, value_name = "on|off|log", default_value = "on")]
+    jail: Mode,
+
     /// Check everything and print what would be built, but run nothing.
     #[arg(long)]
     dry_run: bool,
@@ -132,6 +138,7 @@ impl RunArgs {
             log: log.map(Path::to_owned),
             no_reboot: self.no_reboot,
             vcpu: VcpuOptions { tso: self.tso, priority },
+            jail: self.jail,
         }
     }
 

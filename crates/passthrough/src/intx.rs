@@ -9,6 +9,7 @@
 use crate::IntxWiring;
 use outboard_bus::{Event, Width, poll_readable, warn_limited};
 use outboard_host_pci::{HostFunction, InterruptSink};
+use outboard_jail::ThreadKind;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -67,8 +68,8 @@ impl Intx {
         let watcher = Arc::clone(&shared);
         // Owns the binding already, should there be no thread for it.
         let mut intx = Self { shared, thread: None };
-        let thread = std::thread::Builder::new().name(format!("{name} intx"));
-        intx.thread = Some(thread.spawn(move || watcher.watch())?);
+        let name = format!("{name} intx");
+        intx.thread = Some(outboard_jail::spawn(ThreadKind::Pci, &name, move || watcher.watch())?);
         Ok(intx)
     }
 

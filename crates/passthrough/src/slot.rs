@@ -3,6 +3,7 @@
 use crate::{Error, Function, Loss};
 use outboard_bus::{Event, error_limited, poll_readable};
 use outboard_host_pci::PciAddress;
+use outboard_jail::ThreadKind;
 use outboard_pci::{PciFunction, RootComplex, RootPort};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -77,8 +78,8 @@ impl Slot {
         let watcher = Arc::clone(&shared);
         // Owns what was added, should there be no thread for it.
         let mut slot = Self { shared, thread: None };
-        let thread = std::thread::Builder::new().name(format!("pci slot {device}"));
-        let spawned = thread.spawn(move || watcher.watch());
+        let name = format!("pci slot {device}");
+        let spawned = outboard_jail::spawn(ThreadKind::Pci, &name, move || watcher.watch());
         slot.thread = Some(spawned.map_err(|source| Error::Resources { what: "a thread", source })?);
         Ok(slot)
     }

@@ -5,6 +5,7 @@ use crate::{
     WorkQueue, Worker,
 };
 use outboard_bus::{Event, poll_readable, warn_limited};
+use outboard_jail::ThreadKind;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
@@ -87,7 +88,8 @@ impl VirtioDevice for Console {
         let stopped = Arc::clone(&wake);
         let for_failure = Arc::clone(&interrupt);
         let body = move |stop: &Stop| run(backend, [receive, transmit], &memory, interrupt, stop, &stopped);
-        self.worker = Some(Worker::spawn(&self.name, wake, &self.health, for_failure, body)?);
+        let kind = ThreadKind::Console;
+        self.worker = Some(Worker::spawn(kind, &self.name, wake, &self.health, for_failure, body)?);
         Ok(())
     }
 

@@ -1,6 +1,7 @@
 //! Entropy device (virtio 1.2, section 5.4): the host kernel's random bytes.
 
 use crate::{Activation, Health, VirtioDevice, WorkQueue, Worker};
+use outboard_jail::ThreadKind;
 use std::io;
 use std::sync::Arc;
 
@@ -56,8 +57,8 @@ impl VirtioDevice for Entropy {
         let Activation { memory, queues, interrupt, .. } = activation;
         let Some(queue) = queues.into_iter().flatten().next() else { return Ok(()) };
         let wake = Arc::clone(&queue.doorbell);
-        let for_failure = Arc::clone(&interrupt);
-        self.worker = Some(Worker::spawn("rng", wake, &self.health, for_failure, move |stop| {
+        let (kind, for_failure) = (ThreadKind::Entropy, Arc::clone(&interrupt));
+        self.worker = Some(Worker::spawn(kind, "rng", wake, &self.health, for_failure, move |stop| {
             WorkQueue::new(queue, &memory, interrupt).serve(stop, |request| {
                 let mut bytes = [0; MAX_ANSWER as usize];
                 let wanted = &mut bytes[..request.writable.len().min(MAX_ANSWER) as usize];

@@ -6,6 +6,7 @@
 use crate::pair::{Backend, Pair, PairWorker};
 use crate::{Activation, Health, QueueError, Request, Stop, VirtioDevice, WorkQueue};
 use outboard_bus::{Event, warn_limited};
+use outboard_jail::ThreadKind;
 use outboard_netstack::{Checksum, Frame, MAX_FRAME, NetError, NetOptions, PartialChecksum, Stack, address};
 use std::collections::VecDeque;
 use std::io;
@@ -125,6 +126,8 @@ impl VirtioDevice for Net {
 }
 
 impl Backend for Stack {
+    const KIND: ThreadKind = ThreadKind::Net;
+
     fn add_waker(&mut self, event: Arc<Event>) -> io::Result<()> {
         Self::add_waker(self, event)
     }

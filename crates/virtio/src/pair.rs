@@ -1,10 +1,14 @@
 use crate::{Activation, Health, Stop, WorkQueue, Worker};
 use outboard_bus::Event;
+use outboard_jail::ThreadKind;
 use std::io;
 use std::sync::Arc;
 
 /// What a device with a receive and a transmit queue leads to: a network, sockets of the host.
 pub(crate) trait Backend: Send + 'static {
+    /// What its thread does.
+    const KIND: ThreadKind;
+
     /// Lets `event` end a wait of the back end, until [`Backend::reset`].
     fn add_waker(&mut self, event: Arc<Event>) -> io::Result<()>;
 
@@ -61,7 +65,7 @@ impl<B: Backend> PairWorker<B> {
         }
         let wake = Arc::clone(&transmit.doorbell);
         let for_failure = Arc::clone(&interrupt);
-        self.worker = Some(Worker::spawn(name, wake, &self.health, for_failure, move |stop| {
+        self.worker = Some(Worker::spawn(B::KIND, name, wake, &self.health, for_failure, move |stop| {
             let receive = WorkQueue::new(receive, &memory, Arc::clone(&interrupt));
             let pair = Pair { receive, transmit: WorkQueue::new(transmit, &memory, interrupt) };
             body(&mut backend, pair, stop);

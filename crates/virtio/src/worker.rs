@@ -1,5 +1,6 @@
 use crate::{Health, VirtioInterrupt};
 use outboard_bus::Event;
+use outboard_jail::ThreadKind;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -34,13 +35,14 @@ pub struct Worker<T> {
 }
 
 impl<T: Send + 'static> Worker<T> {
-    /// Starts a thread called `name` (Linux shows 15 bytes of it) that waits for `wake`, usually a queue's doorbell. If
-    /// `body` panics, the device whose `health` this is has failed, and its driver hears through `interrupt` that it is
+    /// Starts a thread of `kind` called `name` (Linux shows 15 bytes of it) that waits for `wake`, usually a queue's doorbell.
+    /// If `body` panics, the device whose `health` this is has failed, and its driver hears through `interrupt` that it is
     /// broken.
     ///
     /// # Errors
     /// The operating system's, when there can be no more threads.
     pub fn spawn(
+        kind: ThreadKind,
         name: &str,
         wake: Arc<Event>,
         health: &Health,
@@ -49,7 +51,7 @@ impl<T: Send + 'static> Worker<T> {
     ) -> io::Result<Self> {
         let stop = Arc::new(Stop::default());
         let (for_thread, health, device) = (Arc::clone(&stop), health.clone(), name.to_owned());
-        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+        let thread = outboard_jail::spawn(kind, name, move || {
             let result = health.contain(&device, || body(&for_thread));
             if result.is_none() {
                 interrupt.device_broken("its thread has ended by an internal error");
@@ -96,7 +98,8 @@ mod tests {
         wake: Arc<Event>,
         body: impl FnOnce(&Stop) -> T + Send + 'static,
     ) -> Worker<T> {
-        Worker::spawn("test", wake, &Health::default(), Arc::new(NoDriver), body).unwrap()
+        Worker::spawn(ThreadKind::Entropy, "test", wake, &Health::default(), Arc::new(NoDriver), body)
+            .unwrap()
     }
 
     #[test]
@@ -119,7 +122,8 @@ mod tests {
         let health = Health::default();
         let wake = Arc::new(Event::new().unwrap());
         let body = |_: &Stop| -> u8 { panic!("oh") };
-        let worker = Worker::spawn("test", wake, &health, Arc::new(NoDriver), body).unwrap();
+        let worker =
+            Worker::spawn(ThreadKind::Entropy, "test", wake, &health, Arc::new(NoDriver), body).unwrap();
         assert_eq!(worker.stop(), None);
         assert_eq!(health.failure(), Some("internal error: oh"));
     }

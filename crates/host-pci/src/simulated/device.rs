@@ -8,6 +8,7 @@ use super::memory::Memory;
 use super::model::Model;
 use crate::{BusAddress, InterruptKind, InterruptSink, PciAddress, Result};
 use outboard_bus::{Event, Width, error_limited, warn_limited};
+use outboard_jail::ThreadKind;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
@@ -95,7 +96,7 @@ impl SimulatedDevice {
         });
         device.reset_hardware();
         let weak = Arc::downgrade(&device);
-        std::thread::Builder::new().name("simulated-pci".into()).spawn(move || obey(&weak, &receiver))?;
+        outboard_jail::spawn(ThreadKind::Pci, "simulated-pci", move || obey(&weak, &receiver))?;
         Ok(device)
     }
 
@@ -284,6 +285,8 @@ impl SimulatedDevice {
 /// The device's own thread: ends with the device.
 fn obey(device: &Weak<SimulatedDevice>, commands: &Receiver<u32>) {
     while let Ok(command) = commands.recv() {
+        // It may wait since before the process was confined.
+        outboard_jail::confine(ThreadKind::Pci);
         let Some(device) = device.upgrade() else { return };
         device.execute(command);
     }

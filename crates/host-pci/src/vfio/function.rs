@@ -14,9 +14,10 @@ use crate::{
 use outboard_bus::{Event, Width, warn_limited};
 use std::ffi::CString;
 use std::fs::File;
+use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use vfio_bindings::bindings::vfio as raw;
 
@@ -28,8 +29,9 @@ pub struct VfioFunction {
     pub(super) device: OwnedFd,
     /// sysfs's `config`: the hardware's registers.
     pub(super) header: File,
-    /// The function's folder in sysfs.
-    pub(super) sysfs: PathBuf,
+    /// sysfs's `driver_override`, open before the process is confined: a thread that resets a device must not open files. The reason where it
+    /// cannot be written.
+    pub(super) driver_override: std::result::Result<File, io::ErrorKind>,
     config: Region,
     pub(super) config_len: u16,
     bars: [Option<Bar>; 6],
@@ -94,7 +96,10 @@ impl VfioFunction {
             fingerprint: Fingerprint::take(&dword, &chains, config_len)?,
             settings: Settings::take(&chains)?,
             identity,
-            sysfs: sysfs.to_owned(),
+            driver_override: File::options()
+                .write(true)
+                .open(sysfs.join("driver_override"))
+                .map_err(|e| e.kind()),
             config_len,
             quarantined: OnceLock::new(),
             command: Mutex::default(),

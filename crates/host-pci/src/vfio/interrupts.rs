@@ -139,7 +139,7 @@ impl Thread {
                 error_limited!("waiting for a device's interrupts: {error}; they stop here");
             }
         };
-        let handle = std::thread::Builder::new().name("pci-interrupts".into()).spawn(body)?;
+        let handle = outboard_jail::spawn(outboard_jail::ThreadKind::Pci, "pci-interrupts", body)?;
         Ok(Self { stop, handle: Some(handle) })
     }
 }

@@ -7,6 +7,7 @@ use crate::{Error, Result};
 use outboard_bus::{Width, error_limited, warn_limited};
 use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
@@ -142,12 +143,12 @@ impl VfioFunction {
             "{address} did not come back from a reset ({why}); it is not used again until it is released"
         );
         let _ = self.quarantined.set(why.to_owned());
-        let path = self.sysfs.join("driver_override");
-        if let Err(error) = std::fs::write(&path, crate::QUARANTINED) {
-            warn_limited!(
-                "{} could not be marked: {error}; only this process keeps away from it",
-                path.display()
-            );
+        let marked = match &self.driver_override {
+            Ok(file) => file.write_all_at(crate::QUARANTINED.as_bytes(), 0),
+            Err(kind) => Err((*kind).into()),
+        };
+        if let Err(error) = marked {
+            warn_limited!("{address} could not be marked: {error}; only this process keeps away from it");
         }
     }
 }

@@ -227,7 +227,7 @@ impl Drop for ConsoleHost {
         match &self.end {
             End::Stdio { .. } => terminal::restore_terminal(),
             End::Socket { path, .. } => {
-                let _ = std::fs::remove_file(path);
+                let _ = outboard_jail::remove_file(path);
             }
             End::None | End::File(_) => {}
         }

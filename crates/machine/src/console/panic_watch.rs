@@ -19,8 +19,9 @@ const BEGIN: &[u8] = b"Kernel panic - not syncing";
 const END: &[u8] = b"---[ end Kernel panic - not syncing";
 /// First words of the last record of an orderly reboot or power-off (Linux kernel/reboot.c).
 const ORDERLY: &[u8] = b"reboot: ";
-/// First record of a kernel that starts: behind a panic it is the crash kernel (Linux arch/arm64/kernel/setup.c).
-const STARTS: &[u8] = b"Booting Linux on physical CPU";
+/// Last record before a crash kernel takes over (Linux arch/arm64/kernel/machine_kexec.c); the crash kernel's own power-off
+/// takes nothing back.
+const HANDS_OVER: &[u8] = b"Starting crashdump kernel";
 
 /// Collects the signs of one boot.
 #[derive(Debug, Default)]
@@ -104,7 +105,7 @@ impl PanicWatch {
                 signs.began = true;
             } else if text.starts_with(ORDERLY) {
                 signs.began = false;
-            } else if text.starts_with(STARTS) {
+            } else if text.starts_with(HANDS_OVER) {
                 signs.certain |= signs.began;
             }
             suspect |= text.starts_with(END);
@@ -191,7 +192,7 @@ mod tests {
         // Unless a crash kernel ran in between.
         records(
             &watch,
-            &[PANIC, "[ 0.0] Booting Linux on physical CPU 0x0\r\n", "[ 9.0] reboot: Power down\r\n"],
+            &[PANIC, "[ 2.2] Starting crashdump kernel...\r\n", "[ 9.0] reboot: Power down\r\n"],
         );
         assert!(watch.take());
     }

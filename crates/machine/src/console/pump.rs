@@ -3,6 +3,7 @@ use super::panic_watch::{Line, PanicWatch};
 use crate::Error;
 use crate::run::{EventSender, MachineEvent};
 use outboard_bus::{Event, poll_readable, warn_limited};
+use outboard_jail::ThreadKind;
 use outboard_platform::Pl011;
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex};
@@ -36,7 +37,7 @@ impl ConsolePump {
             Pump { uart, watch, events, line: Line::default(), for_guest: Vec::new() }
                 .run(&mut host, &stopped);
         };
-        let thread = std::thread::Builder::new().name("console".into()).spawn(body).map_err(Error::Thread)?;
+        let thread = outboard_jail::spawn(ThreadKind::Console, "console", body).map_err(Error::Thread)?;
         Ok(Self { stop, thread: Some(thread) })
     }
 }

@@ -9,6 +9,7 @@ pub use outboard_disk_image::{Disk, DiskError, DiskFormat, DiskHealth, DiskOptio
 
 use crate::{Activation, ActiveQueue, GuestMemory, Health, VirtioDevice, VirtioInterrupt, WorkQueue, Worker};
 use outboard_disk_image::{SECTOR, Scratch};
+use outboard_jail::ThreadKind;
 use request::{ID_LEN, Server};
 use std::io;
 use std::sync::Arc;
@@ -73,7 +74,7 @@ impl Block {
         let thread = format!("{name}-q{}", queue.index);
         let wake = Arc::clone(&queue.doorbell);
         let (health, for_failure) = (self.health.clone(), Arc::clone(&interrupt));
-        Worker::spawn(&thread, wake, &self.health, for_failure, move |stop| {
+        Worker::spawn(ThreadKind::Block, &thread, wake, &self.health, for_failure, move |stop| {
             let scratch = Scratch::default();
             let mut server =
                 Server { name: &name, disk: &disk, id, write_through, stop, scratch, health: &health };

@@ -58,22 +58,29 @@ impl VirtioDevice for Echo {
             let interrupt = Arc::clone(&activation.interrupt);
             let wake = Arc::clone(&queue.doorbell);
             let for_failure = Arc::clone(&interrupt);
-            self.workers.push(Worker::spawn("echo", wake, &self.health, for_failure, move |stop| {
-                WorkQueue::new(queue, &memory, interrupt).serve(stop, |request| {
-                    let mut written = 0;
-                    let mut chunk = [0; 512];
-                    while written < 1 << 20 {
-                        let n = request.readable.read(&mut chunk);
-                        assert!(!chunk.starts_with(PANIC), "as asked");
-                        let n = request.writable.write(&chunk[..n]);
-                        if n == 0 {
-                            break;
+            self.workers.push(Worker::spawn(
+                outboard_jail::ThreadKind::Entropy,
+                "echo",
+                wake,
+                &self.health,
+                for_failure,
+                move |stop| {
+                    WorkQueue::new(queue, &memory, interrupt).serve(stop, |request| {
+                        let mut written = 0;
+                        let mut chunk = [0; 512];
+                        while written < 1 << 20 {
+                            let n = request.readable.read(&mut chunk);
+                            assert!(!chunk.starts_with(PANIC), "as asked");
+                            let n = request.writable.write(&chunk[..n]);
+                            if n == 0 {
+                                break;
+                            }
+                            written += n as u32;
                         }
-                        written += n as u32;
-                    }
-                    Ok(written)
-                });
-            })?);
+                        Ok(written)
+                    });
+                },
+            )?);
         }
         Ok(())
     }

@@ -5,6 +5,7 @@ use mio::net::{UnixListener, UnixStream};
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 use outboard_bus::{Event, warn_limited};
+use outboard_jail::ThreadKind;
 use slab::Slab;
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, ErrorKind, Write};
@@ -76,6 +77,8 @@ pub struct Mux {
 }
 
 impl Backend for Mux {
+    const KIND: ThreadKind = ThreadKind::Vsock;
+
     fn add_waker(&mut self, event: Arc<Event>) -> io::Result<()> {
         let fd = event.as_fd().as_raw_fd();
         self.poll.registry().register(&mut SourceFd(&fd), WAKER, Interest::READABLE)?;
@@ -469,7 +472,7 @@ impl Mux {
 impl Drop for Mux {
     fn drop(&mut self) {
         // Somebody else may have removed it already.
-        let _ = std::fs::remove_file(&self.path);
+        let _ = outboard_jail::remove_file(&self.path);
     }
 }
 

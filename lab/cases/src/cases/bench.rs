@@ -8,15 +8,18 @@ use crate::guest::{Guest, net};
 use crate::host::{Disk, Host, Kernel, RunningVm, web_server};
 use crate::protocol::{Event, Vmm};
 use anyhow::{Context, Result, ensure};
+use std::collections::BTreeMap;
 use std::fs;
 use std::net::Ipv4Addr;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 const STEP: Duration = Duration::from_secs(180);
 /// Runs on each monitor (the first of both is not counted: it fills the page cache).
 const RUNS: u32 = 5;
+/// The same, each with and without the jail.
+const JAIL_RUNS: u32 = 7;
 const MEMORY_MIB: u64 = 512;
 const DISK_MIB: u64 = 128;
 /// Reads of the trapped register.
@@ -33,36 +36,84 @@ const ENTROPY: u16 = 4;
 const IN_GUEST: [&str; 4] = ["mmio_round_trip", "blk_rand_read_4k", "blk_seq_read_128k", "net_throughput"];
 
 pub(super) fn cases() -> Vec<Case> {
-    vec![Case {
-        name: "bench-boot",
-        about: "what `cargo xtask bench boot` runs",
+    let case = |name, about, host| Case {
+        name,
+        about,
         limit_s: 3600,
         host_kernel: HOST,
         group: Group::Tool,
         host,
         guest,
-    }]
+    };
+    vec![
+        case("bench-boot", "what `cargo xtask bench boot` runs", against_peer),
+        case("bench-jail", "the same work with and without `--jail off`, alternating", against_itself),
+    ]
 }
 
-fn host(host: &Host) -> Result<Option<String>> {
+/// What the guests need of the host: a disk full of a pattern, and a port to download from.
+fn prepare(host: &Host) -> Result<(PathBuf, u16)> {
     let disk = host.scratch("bench.raw");
     let mut bytes = vec![0; (DISK_MIB as usize) << 20];
     Pattern(1).blocks(0, &mut bytes);
     fs::write(&disk, &bytes)?;
     drop(bytes);
-    let port = web_server(Ipv4Addr::LOCALHOST, 0)?.port();
+    Ok((disk, web_server(Ipv4Addr::LOCALHOST, 0)?.port()))
+}
+
+fn against_peer(host: &Host) -> Result<Option<String>> {
+    let (disk, port) = prepare(host)?;
     for run in 0..=RUNS {
         for vmm in [Vmm::Qemu, Vmm::Outboard] {
-            one_run(host, vmm, &disk, port, run > 0).with_context(|| format!("run {run} on {vmm:?}"))?;
+            let samples =
+                one_run(host, vmm, &disk, port, &[]).with_context(|| format!("run {run} on {vmm:?}"))?;
+            for (metric, value) in samples {
+                if run > 0 {
+                    host.send(&Event::Sample { metric, vmm, value });
+                }
+            }
         }
         host.log(format!("round {run} of {RUNS}{}", if run == 0 { " (not counted)" } else { "" }));
     }
     Ok(None)
 }
 
-fn one_run(host: &Host, vmm: Vmm, disk: &Path, port: u16, counted: bool) -> Result<()> {
-    let mut spec =
-        host.guest(Kernel::V6_12).memory_mib(MEMORY_MIB).disk(Disk::raw(disk)).net().arg("port", port);
+/// Medians of runs in a jail over those of runs without, each metric by itself. Which of both is first changes from round to round.
+fn against_itself(host: &Host) -> Result<Option<String>> {
+    let (disk, port) = prepare(host)?;
+    let mut samples: BTreeMap<String, [Vec<f64>; 2]> = BTreeMap::new();
+    for run in 0..=JAIL_RUNS {
+        let order = if run % 2 == 0 { ["on", "off"] } else { ["off", "on"] };
+        for jail in order {
+            let measured = one_run(host, Vmm::Outboard, &disk, port, &["--jail", jail]);
+            for (metric, value) in measured.with_context(|| format!("run {run} with --jail {jail}"))? {
+                let [on, off] = samples.entry(metric).or_default();
+                let of = if jail == "on" { on } else { off };
+                of.extend((run > 0).then_some(value));
+            }
+        }
+    }
+    for (metric, [on, off]) in samples {
+        let (on, off) = (median(on), median(off));
+        host.log(format!("{metric:<20} jail on {on:>12.2}, off {off:>12.2}, ratio {:.3}", on / off));
+    }
+    Ok(None)
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+/// A guest from start to end, and what was measured.
+fn one_run(host: &Host, vmm: Vmm, disk: &Path, port: u16, extra: &[&str]) -> Result<Vec<(String, f64)>> {
+    let mut spec = host
+        .guest(Kernel::V6_12)
+        .memory_mib(MEMORY_MIB)
+        .disk(Disk::raw(disk))
+        .net()
+        .arg("port", port)
+        .extra(extra);
     spec.vmm = vmm;
     let mut vm = host.start(&spec)?;
     let (to_init, _) = vm.init()?;
@@ -76,12 +127,7 @@ fn one_run(host: &Host, vmm: Vmm, disk: &Path, port: u16, counted: bool) -> Resu
     samples.push(("extra_memory".to_owned(), extra_memory(&vm)?));
     vm.type_text("go\n")?;
     vm.finish(STEP)?;
-    for (metric, value) in samples {
-        if counted {
-            host.send(&Event::Sample { metric, vmm, value });
-        }
-    }
-    Ok(())
+    Ok(samples)
 }
 
 /// MiB that the process has resident, less its mapping of the guest's memory.

@@ -11,6 +11,7 @@ mod dma;
 mod dma_device;
 mod host_pci;
 mod hypervisor;
+mod jail;
 mod net;
 mod outputs;
 mod passthrough;
@@ -35,6 +36,7 @@ pub(crate) fn table() -> Vec<Case> {
         disk::cases(),
         net::cases(),
         vsock::cases(),
+        jail::cases(),
         passthrough::cases(),
         dma::cases(),
         dma_device::cases(),

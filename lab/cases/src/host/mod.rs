@@ -1,6 +1,7 @@
 //! What the host half of a case works with.
 
 mod assigned;
+mod intruder;
 mod limits;
 mod placement;
 mod ports;
@@ -10,6 +11,7 @@ mod stuck;
 mod vm;
 
 pub use assigned::{Assigned, AssignedSlot, Dma, SmmuFault, driver_of, outboard, smmu_faults};
+pub use intruder::{Answer, Intruder};
 pub use placement::OneCpu;
 pub use ports::{PLUGGABLE, Port};
 pub use serve::{DNS_ANSWER, DNS_NAME, dns_server, web_server};
