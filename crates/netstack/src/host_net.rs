@@ -1,6 +1,5 @@
 //! What the host's own network looks like.
 
-use nix::ifaddrs::getifaddrs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, UdpSocket};
 use std::time::{Duration, Instant};
@@ -8,13 +7,43 @@ use std::time::{Duration, Instant};
 /// How old the list of networks may be: a host may join another one at any time.
 const MAX_AGE: Duration = Duration::from_secs(2);
 
-/// A network that an interface of the host is on: an address there, and the bits of the netmask.
+/// A network that an interface of the host is on: an address in it, and the bits of the netmask.
 pub(crate) type Network = (Ipv4Addr, u8);
 
+/// Files in which a confined process finds out about the host's network on Linux: system calls for that (netlink) would let a
+/// thread of the network change it, too, if the process runs as root.
+pub const LINUX_FILES: [&str; 2] = [ROUTES, ADDRESSES_V6];
+
+/// The kernel's IPv4 routes (Linux net/ipv4/fib_trie.c, `fib_route_seq_show`).
+const ROUTES: &str = "/proc/self/net/route";
+/// The IPv6 addresses of the host's interfaces, with the interfaces' numbers and names (Linux net/ipv6/addrconf.c,
+/// `if6_seq_show`).
+const ADDRESSES_V6: &str = "/proc/self/net/if_inet6";
+
 /// The IPv4 networks that the host's interfaces are on, loopback aside.
+#[cfg(target_os = "linux")]
+pub(crate) fn networks() -> io::Result<Vec<Network>> {
+    let text = outboard_jail::read_file(std::path::Path::new(ROUTES))?;
+    Ok(String::from_utf8_lossy(&text).lines().filter_map(connected_network).collect())
+}
+
+/// The network of a line of [`ROUTES`] that leads to neighbours and not to a gateway. Addresses are hexadecimal words as they
+/// are in memory.
+#[cfg(target_os = "linux")]
+fn connected_network(line: &str) -> Option<Network> {
+    let fields: Vec<&str> = line.split_whitespace().collect();
+    let [_interface, destination, gateway, _, _, _, _, mask, ..] = fields[..] else { return None };
+    let word = |text| u32::from_str_radix(text, 16).ok().map(|word| u32::from_be_bytes(word.to_ne_bytes()));
+    let (destination, gateway, mask) = (word(destination)?, word(gateway)?, word(mask)?);
+    let is_neighbourhood = gateway == 0 && mask != 0;
+    is_neighbourhood.then(|| (Ipv4Addr::from_bits(destination), mask.leading_ones() as u8))
+}
+
+/// The IPv4 networks that the host's interfaces are on, loopback aside.
+#[cfg(not(target_os = "linux"))]
 pub(crate) fn networks() -> io::Result<Vec<Network>> {
     let mut networks = Vec::new();
-    for interface in getifaddrs()? {
+    for interface in nix::ifaddrs::getifaddrs()? {
         let address = interface.address.as_ref().and_then(|address| address.as_sockaddr_in());
         let netmask = interface.netmask.as_ref().and_then(|netmask| netmask.as_sockaddr_in());
         if let (Some(address), Some(netmask)) = (address, netmask)
@@ -24,6 +53,23 @@ pub(crate) fn networks() -> io::Result<Vec<Network>> {
         }
     }
     Ok(networks)
+}
+
+/// The number of the interface called `name`, if it has an IPv6 address.
+#[cfg(target_os = "linux")]
+pub(crate) fn interface_number(name: &str) -> Option<u32> {
+    let text = outboard_jail::read_file(std::path::Path::new(ADDRESSES_V6)).ok()?;
+    String::from_utf8_lossy(&text).lines().find_map(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let [_address, number, _prefix, _scope, _flags, interface] = fields[..] else { return None };
+        if interface == name { u32::from_str_radix(number, 16).ok() } else { None }
+    })
+}
+
+/// The number of the interface called `name`.
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn interface_number(name: &str) -> Option<u32> {
+    nix::net::if_::if_nametoindex(name).ok()
 }
 
 /// The host's networks as they are now, looked up only now and then.
@@ -79,10 +125,26 @@ mod tests {
     fn the_hosts_own_addresses_are_known() {
         assert!(is_own_address(Ipv4Addr::LOCALHOST).unwrap());
         for (address, prefix) in networks().unwrap() {
-            assert!(is_own_address(address).unwrap(), "{address}/{prefix}");
-            assert!(HostNetworks::default().contain(address, Instant::now()));
+            assert!(HostNetworks::default().contain(address, Instant::now()), "{address}/{prefix}");
         }
         // Documentation addresses (RFC 5737); a host without routes has no answer.
         assert!(!is_own_address(Ipv4Addr::new(192, 0, 2, 1)).unwrap_or(false));
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn routes_of_the_kernel_are_read() {
+        let lines = "Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT\n\
+            eth0\t00000000\t0102A8C0\t0003\t0\t0\t0\t00000000\t0\t0\t0\n\
+            eth0\t0002A8C0\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0\n";
+        let found: Vec<Network> = lines.lines().filter_map(connected_network).collect();
+        // The words above are those of a little-endian host.
+        let expected = if cfg!(target_endian = "little") {
+            vec![(Ipv4Addr::new(192, 168, 2, 0), 24)]
+        } else {
+            found.clone()
+        };
+        assert_eq!(found, expected);
+        assert_eq!(interface_number("no-such-interface"), None);
     }
 }

@@ -190,10 +190,7 @@ mod tests {
         records(&watch, &[PANIC, "[ 9.0] reboot: Restarting system\r\n"]);
         assert!(!watch.take());
         // Unless a crash kernel ran in between.
-        records(
-            &watch,
-            &[PANIC, "[ 2.2] Starting crashdump kernel...\r\n", "[ 9.0] reboot: Power down\r\n"],
-        );
+        records(&watch, &[PANIC, "[ 2.2] Starting crashdump kernel...\r\n", "[ 9.0] reboot: Power down\r\n"]);
         assert!(watch.take());
     }
 
