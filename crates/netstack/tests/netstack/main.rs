@@ -4,4 +4,6 @@ mod datagrams;
 mod frames;
 mod guest;
 mod hostile;
+mod scenario;
+mod scenarios;
 mod tcp;
