@@ -5,79 +5,10 @@
 mod frames;
 
 use frames::*;
-use outboard_netstack::Stack;
 use outboard_netstack::address::{GATEWAY, GUEST};
-use smoltcp::phy::ChecksumCapabilities;
-use smoltcp::wire::*;
-use std::net::{Ipv4Addr, TcpListener, UdpSocket};
-use std::time::{Duration, Instant};
-
-/// A TCP segment of the guest.
-#[derive(Clone, Copy)]
-struct Segment<'a> {
-    port: u16,
-    to: (Ipv4Addr, u16),
-    control: TcpControl,
-    seq: u32,
-    ack: Option<u32>,
-    scale: Option<u8>,
-    data: &'a [u8],
-}
-
-impl Segment<'_> {
-    fn packet(&self) -> Vec<u8> {
-        let repr = TcpRepr {
-            src_port: self.port,
-            dst_port: self.to.1,
-            control: self.control,
-            seq_number: TcpSeqNumber(self.seq as i32),
-            ack_number: self.ack.map(|ack| TcpSeqNumber(ack as i32)),
-            window_len: u16::MAX,
-            window_scale: self.scale,
-            max_seg_size: self.scale.map(|_| 65_480),
-            sack_permitted: false,
-            sack_ranges: [None; 3],
-            timestamp: None,
-            payload: self.data,
-        };
-        let mut segment = vec![0; repr.buffer_len()];
-        let mut packet = TcpPacket::new_unchecked(&mut segment[..]);
-        repr.emit(&mut packet, &GUEST.into(), &self.to.0.into(), &ChecksumCapabilities::default());
-        ipv4(GUEST, self.to.0, IpProtocol::Tcp, &segment)
-    }
-}
-
-/// What comes for the guest within `patience`, as soon as there is something.
-fn answers(stack: &mut Stack, patience: Duration) -> Vec<Vec<u8>> {
-    let end = Instant::now() + patience;
-    loop {
-        stack.run();
-        let packets = drain(stack);
-        if !packets.is_empty() || Instant::now() > end {
-            return packets;
-        }
-        stack.wait(Some(Duration::from_millis(5))).unwrap();
-    }
-}
-
-/// Opens a connection from `port`; the stack's initial sequence number, `None` where it was refused.
-fn open(stack: &mut Stack, syn: Segment<'_>) -> Option<u32> {
-    push(stack, &syn.packet());
-    let packets = answers(stack, Duration::from_secs(5));
-    let answer = packets.iter().find(|packet| packet[9] == 6).expect("an answer to SYN");
-    let answer = TcpPacket::new_checked(&answer[20..]).unwrap();
-    (!answer.rst()).then(|| answer.seq_number().0 as u32)
-}
-
-fn server() -> (TcpListener, (Ipv4Addr, u16)) {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let port = listener.local_addr().unwrap().port();
-    (listener, (GATEWAY, port))
-}
-
-fn syn(port: u16, to: (Ipv4Addr, u16)) -> Segment<'static> {
-    Segment { port, to, control: TcpControl::Syn, seq: 1000, ack: None, scale: Some(7), data: b"" }
-}
+use smoltcp::wire::TcpControl;
+use std::net::{Ipv4Addr, UdpSocket};
+use std::time::Duration;
 
 /// SYN with a window scale, then ten full segments in order before the stack has its turn (a card takes up to 64 frames in
 /// one go): more than the receive buffer, though within what the window of the SYN|ACK stands for once it is scaled.

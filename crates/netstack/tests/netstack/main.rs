@@ -4,4 +4,8 @@ mod datagrams;
 mod frames;
 mod guest;
 mod hostile;
+mod reach;
+mod scenario;
+mod scenarios;
+mod segments;
 mod tcp;
