@@ -32,9 +32,6 @@ fn policy(spec: &MachineSpec, control: Option<&Server>) -> Policy {
         last_words: Some(restore_terminal_now),
         ..Policy::default()
     };
-    if !spec.nets.is_empty() {
-        policy.reread.extend(outboard_netstack::LINUX_FILES.map(PathBuf::from));
-    }
     if spec.nets.iter().any(|net| net.dns.is_none()) {
         policy.reread.push("/etc/resolv.conf".into());
     }

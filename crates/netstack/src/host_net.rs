@@ -1,7 +1,13 @@
 //! What the host's own network looks like.
 
+#[cfg(target_os = "linux")]
+use std::fs::File;
 use std::io;
+#[cfg(target_os = "linux")]
+use std::io::{Read, Seek, SeekFrom};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, UdpSocket};
+#[cfg(target_os = "linux")]
+use std::sync::{Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 /// How old the list of networks may be: a host may join another one at any time.
@@ -10,21 +16,54 @@ const MAX_AGE: Duration = Duration::from_secs(2);
 /// A network that an interface of the host is on: an address in it, and the bits of the netmask.
 pub(crate) type Network = (Ipv4Addr, u8);
 
-/// Files in which a confined process finds out about the host's network on Linux: system calls for that (netlink) would let a
-/// thread of the network change it, too, if the process runs as root.
-pub const LINUX_FILES: [&str; 2] = [ROUTES, ADDRESSES_V6];
+/// A file of the kernel's that is opened once, when the process may still open files, and read again and again. System calls
+/// for the same (netlink) would let a thread of a process that runs as root change the host's network, too.
+#[cfg(target_os = "linux")]
+struct KernelFile {
+    path: &'static str,
+    file: OnceLock<io::Result<Mutex<File>>>,
+}
+
+#[cfg(target_os = "linux")]
+impl KernelFile {
+    const fn new(path: &'static str) -> Self {
+        Self { path, file: OnceLock::new() }
+    }
+
+    /// The text as it is now.
+    fn read(&self) -> io::Result<String> {
+        let opened = self.file.get_or_init(|| File::open(self.path).map(Mutex::new));
+        let file = opened
+            .as_ref()
+            .map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", self.path)))?;
+        let mut file = file.lock().unwrap_or_else(|e| e.into_inner());
+        let mut text = Vec::new();
+        file.seek(SeekFrom::Start(0))?;
+        file.read_to_end(&mut text)?;
+        Ok(String::from_utf8_lossy(&text).into_owned())
+    }
+}
 
 /// The kernel's IPv4 routes (Linux net/ipv4/fib_trie.c, `fib_route_seq_show`).
-const ROUTES: &str = "/proc/self/net/route";
+#[cfg(target_os = "linux")]
+static ROUTES: KernelFile = KernelFile::new("/proc/self/net/route");
 /// The IPv6 addresses of the host's interfaces, with the interfaces' numbers and names (Linux net/ipv6/addrconf.c,
 /// `if6_seq_show`).
-const ADDRESSES_V6: &str = "/proc/self/net/if_inet6";
+#[cfg(target_os = "linux")]
+static ADDRESSES_V6: KernelFile = KernelFile::new("/proc/self/net/if_inet6");
+
+/// Opens what is read later, when the process may open nothing any more. What cannot be opened is said when it is needed.
+pub(crate) fn prepare() {
+    #[cfg(target_os = "linux")]
+    for file in [&ROUTES, &ADDRESSES_V6] {
+        let _ = file.read();
+    }
+}
 
 /// The IPv4 networks that the host's interfaces are on, loopback aside.
 #[cfg(target_os = "linux")]
 pub(crate) fn networks() -> io::Result<Vec<Network>> {
-    let text = outboard_jail::read_file(std::path::Path::new(ROUTES))?;
-    Ok(String::from_utf8_lossy(&text).lines().filter_map(connected_network).collect())
+    Ok(ROUTES.read()?.lines().filter_map(connected_network).collect())
 }
 
 /// The network of a line of [`ROUTES`] that leads to neighbours and not to a gateway. Addresses are hexadecimal words as they
@@ -58,8 +97,7 @@ pub(crate) fn networks() -> io::Result<Vec<Network>> {
 /// The number of the interface called `name`, if it has an IPv6 address.
 #[cfg(target_os = "linux")]
 pub(crate) fn interface_number(name: &str) -> Option<u32> {
-    let text = outboard_jail::read_file(std::path::Path::new(ADDRESSES_V6)).ok()?;
-    String::from_utf8_lossy(&text).lines().find_map(|line| {
+    ADDRESSES_V6.read().ok()?.lines().find_map(|line| {
         let fields: Vec<&str> = line.split_whitespace().collect();
         let [_address, number, _prefix, _scope, _flags, interface] = fields[..] else { return None };
         if interface == name { u32::from_str_radix(number, 16).ok() } else { None }
@@ -75,25 +113,31 @@ pub(crate) fn interface_number(name: &str) -> Option<u32> {
 /// The host's networks as they are now, looked up only now and then.
 #[derive(Default)]
 pub(crate) struct HostNetworks {
-    known: Vec<Network>,
+    /// `None` while they cannot be listed.
+    known: Option<Vec<Network>>,
     looked: Option<Instant>,
 }
 
 impl HostNetworks {
-    /// Whether `address` is on a network of the host.
+    /// True if `address` is on a network of the host, or if nobody can say what networks that has.
     pub(crate) fn contain(&mut self, address: Ipv4Addr, now: Instant) -> bool {
         if self.looked.is_none_or(|looked| now.duration_since(looked) >= MAX_AGE) {
             self.looked = Some(now);
-            match networks() {
-                Ok(networks) => self.known = networks,
-                Err(error) => outboard_bus::warn_limited!("the host's networks cannot be listed: {error}"),
-            }
+            self.known = match networks() {
+                Ok(networks) => Some(networks),
+                Err(error) => {
+                    outboard_bus::warn_limited!(
+                        "the host's networks cannot be listed, so with lan=off the guest reaches nothing: {error}"
+                    );
+                    None
+                }
+            };
         }
         let shares = |(own, prefix): &Network| {
             let mask = u32::MAX.checked_shl(32 - u32::from(*prefix)).unwrap_or(0);
             (own.to_bits() ^ address.to_bits()) & mask == 0
         };
-        self.known.iter().any(shares)
+        self.known.as_ref().is_none_or(|known| known.iter().any(shares))
     }
 }
 

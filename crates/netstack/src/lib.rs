@@ -23,6 +23,5 @@ mod window;
 
 pub use assign::{AssignError, assign};
 pub use frame::{Frame, MAX_FRAME, PartialChecksum};
-pub use host_net::LINUX_FILES;
 pub use options::{Forward, NetOptions, OptionError, Protocol};
 pub use stack::{Checksum, NetError, Stack};

@@ -139,6 +139,7 @@ impl Stack {
     /// # Errors
     /// [`NetError`]; nothing is left listening then.
     pub fn new(options: &NetOptions) -> Result<Self, NetError> {
+        host_net::prepare();
         let mut guest = Guest::new(options.mac(), options.subnet());
         let now = guest.tick();
         let mut stack = Self {

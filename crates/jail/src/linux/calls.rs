@@ -106,7 +106,8 @@ pub(super) fn of(kind: ThreadKind, who: Who) -> Vec<Call> {
             calls.extend(streams());
             calls.extend(connections());
             calls.push(Call { when: internet_sockets(), ..socket() });
-            calls.extend(calls![SYS_newfstatat, SYS_statx]);
+            // lseek(2): files about the host's network that are read anew.
+            calls.extend(calls![SYS_newfstatat, SYS_statx, SYS_lseek]);
             ioctls.extend([KVM_EVENTS, SOCKETS]);
         }
         ThreadKind::Vsock => {
