@@ -9,6 +9,7 @@ use outboard_control::{
 use outboard_host_pci::{HostFunction, Selection};
 use outboard_passthrough::{Loss, Vacated};
 use outboard_pci::RootPort;
+use outboard_virtio::block::DiskHealth;
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::Instant;
@@ -25,6 +26,8 @@ struct State {
     live: Option<Live>,
     /// DMA devices by slot. Weak: they go with their machine.
     companions: Vec<Option<Weak<Companion>>>,
+    /// Of the disks, in order, as soon as they are open.
+    disks: Vec<Arc<DiskHealth>>,
 }
 
 /// What a machine that stands can be asked.
@@ -41,6 +44,7 @@ impl Board {
         let disk = |disk: &crate::DiskSpec| Disk {
             path: disk.path.display().to_string(),
             read_only: disk.options.read_only,
+            flush_error: None,
         };
         let network = |net: &outboard_netstack::NetOptions| Network {
             mac: net.mac.map(|byte| format!("{byte:02x}")).join(":"),
@@ -56,8 +60,13 @@ impl Board {
         };
         Self {
             started: Instant::now(),
-            state: Mutex::new(State { status, live: None, companions: Vec::new() }),
+            state: Mutex::new(State { status, live: None, companions: Vec::new(), disks: Vec::new() }),
         }
+    }
+
+    /// The disks are open.
+    pub(crate) fn set_disks(&self, disks: Vec<Arc<DiskHealth>>) {
+        self.lock().disks = disks;
     }
 
     pub(crate) fn set_name(&self, name: &Name) {
@@ -211,6 +220,9 @@ impl Board {
         let state = self.lock();
         let mut status = state.status.clone();
         status.uptime_s = self.started.elapsed().as_secs();
+        for (disk, health) in status.disks.iter_mut().zip(&state.disks) {
+            disk.flush_error = health.flush_error().map(str::to_owned);
+        }
         if let Some(Live { bus, ports, .. }) = &state.live {
             let stats = bus.stats();
             status.counters =
@@ -290,6 +302,16 @@ mod tests {
         let board = Board::new(&spec);
         board.built(&Arc::new(MmioBus::new()), vec![(3, port.clone())]);
         (board, port)
+    }
+
+    #[test]
+    fn a_flush_that_failed_is_shown() {
+        let (board, _port) = board();
+        let health = Arc::new(DiskHealth::default());
+        board.set_disks(vec![Arc::clone(&health)]);
+        assert_eq!(board.read_board().disks[0].flush_error, None);
+        assert!(health.set_flush_error("no space".into()));
+        assert_eq!(board.read_board().disks[0].flush_error.as_deref(), Some("no space"));
     }
 
     fn function() -> Arc<dyn HostFunction> {
