@@ -170,6 +170,9 @@ pub struct Disk {
     pub path: String,
     /// Whether the guest may only read.
     pub read_only: bool,
+    /// Why flushes fail, if one has: what was written before it may be lost.
+    #[serde(default)]
+    pub flush_error: Option<String>,
 }
 
 /// A network.

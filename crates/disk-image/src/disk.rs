@@ -41,6 +41,11 @@ impl DiskHealth {
     pub fn flush_error(&self) -> Option<&str> {
         self.0.get().map(String::as_str)
     }
+
+    /// A flush failed for the reason given; `true` if it is the first.
+    pub fn set_flush_error(&self, why: String) -> bool {
+        self.0.set(why).is_ok()
+    }
 }
 
 #[derive(Debug)]
@@ -150,7 +155,7 @@ impl Disk {
             Image::Qcow2(disk) => disk.sync(),
         };
         if let Err(error) = &synced
-            && self.health.0.set(error.to_string()).is_ok()
+            && self.health.set_flush_error(error.to_string())
         {
             tracing::error!(
                 "a disk could not be flushed: {error}. What was written to it since the flush before may be lost; every further \

@@ -88,6 +88,29 @@ fn a_compressed_end() {
     }
 }
 
+/// A stream that begins with "copy what was three bytes ago": there is nothing. What is before the buffer, or at its end, is memory of
+/// this process.
+#[test]
+fn a_compressed_cluster_cannot_refer_to_what_was_before_it() {
+    let dir = TempDir::new().unwrap();
+    let path = sample(&dir, "compressed-zlib.qcow2");
+    // Fixed Huffman codes: length 258, distance 3, again and again. Bits from the lowest on: 1, 01, then 11000101 00010.
+    let bits: Vec<u8> =
+        [1, 1, 0].into_iter().chain([1, 1, 0, 0, 0, 1, 0, 1, 0, 0, 0, 1, 0].repeat(20)).collect();
+    let stream: Vec<u8> =
+        bits.chunks(8).map(|byte| byte.iter().rev().fold(0, |value, bit| value << 1 | bit)).collect();
+    let data = number_at(&path, 16384 + 8) & 0xff_ffff;
+    patch(&path, data, &stream);
+    for options in [rw(), ro()] {
+        let disk = Disk::open(&path, &options).unwrap();
+        for (offset, len) in [(4096, 4096), (4608, 512)] {
+            // QEMU says the same.
+            assert!(read(&disk, offset, len).is_err(), "data out of nothing");
+        }
+        assert!(read(&disk, 0, 4096).unwrap() == sample_data()[..4096]);
+    }
+}
+
 #[test]
 fn a_zstd_image_as_backing_file() {
     let dir = TempDir::new().unwrap();

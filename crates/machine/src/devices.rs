@@ -71,6 +71,7 @@ impl Host {
         events: &EventSender,
         board: &Arc<Board>,
     ) -> Result<Self, Error> {
+        board.set_disks(disks.iter().map(Disk::health).collect());
         let panic_watch = Arc::new(PanicWatch::default());
         let mut disks = disks.into_iter();
         let mut devices = Devices::new();

@@ -13,6 +13,7 @@ use outboard_netstack::NetOptions;
 use outboard_passthrough::{Loss, Vacated};
 use outboard_pci::RootPort;
 use outboard_virtio::Health;
+use outboard_virtio::block::DiskHealth;
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::Instant;
@@ -31,6 +32,8 @@ struct State {
     companions: Vec<Option<Weak<Companion>>>,
     /// Health of the virtio devices, by name.
     health: Vec<(String, Health)>,
+    /// Of the disks, in order, as soon as they are open.
+    disks: Vec<Arc<DiskHealth>>,
 }
 
 /// What a machine that stands can be asked.
@@ -47,6 +50,7 @@ impl Board {
         let disk = |disk: &crate::DiskSpec| Disk {
             path: disk.path.display().to_string(),
             read_only: disk.options.read_only,
+            flush_error: None,
         };
         let network = |net: &NetOptions| Network {
             mac: net.mac().map(|byte| format!("{byte:02x}")).join(":"),
@@ -63,8 +67,19 @@ impl Board {
         };
         Self {
             started: Instant::now(),
-            state: Mutex::new(State { status, live: None, companions: Vec::new(), health: Vec::new() }),
+            state: Mutex::new(State {
+                status,
+                live: None,
+                companions: Vec::new(),
+                health: Vec::new(),
+                disks: Vec::new(),
+            }),
         }
+    }
+
+    /// The disks are open.
+    pub(crate) fn set_disks(&self, disks: Vec<Arc<DiskHealth>>) {
+        self.lock().disks = disks;
     }
 
     pub(crate) fn set_name(&self, name: &Name) {
@@ -234,6 +249,9 @@ impl Board {
                 status.failed.push(FailedDevice { name: name.clone(), why: why.to_owned() });
             }
         }
+        for (disk, health) in status.disks.iter_mut().zip(&state.disks) {
+            disk.flush_error = health.flush_error().map(str::to_owned);
+        }
         if let Some(Live { bus, ports, .. }) = &state.live {
             let stats = bus.stats();
             status.counters =
@@ -315,6 +333,16 @@ mod tests {
         let board = Board::new(&spec, &spec.nets);
         board.built(&Arc::new(MmioBus::new()), vec![(3, port.clone())]);
         (board, port)
+    }
+
+    #[test]
+    fn a_flush_that_failed_is_shown() {
+        let (board, _port) = board();
+        let health = Arc::new(DiskHealth::default());
+        board.set_disks(vec![Arc::clone(&health)]);
+        assert_eq!(board.read_board().disks[0].flush_error, None);
+        assert!(health.set_flush_error("no space".into()));
+        assert_eq!(board.read_board().disks[0].flush_error.as_deref(), Some("no space"));
     }
 
     fn function() -> Arc<dyn HostFunction> {

@@ -183,7 +183,11 @@ fn paragraph(status: &VmStatus) -> String {
         text += &slot_lines(slot);
     }
     for disk in disks {
-        let _ = writeln!(text, "  disk {}{}", disk.path, if disk.read_only { " (read-only)" } else { "" });
+        let _ = write!(text, "  disk {}{}", disk.path, if disk.read_only { " (read-only)" } else { "" });
+        if let Some(error) = &disk.flush_error {
+            let _ = write!(text, ", a flush failed and data may be lost: {error}");
+        }
+        text.push('\n');
     }
     for network in networks {
         let _ = write!(text, "  network {} on {}", network.mac, network.subnet);

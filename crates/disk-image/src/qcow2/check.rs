@@ -191,14 +191,18 @@ struct L1Entry {
     copied: bool,
 }
 
-/// Looks at what the disk is read through. `len` is that of `file`, in bytes.
-pub fn structure(file: &File, header: &Header, len: u64) -> Result<(), Verdict> {
+/// Looks at what the disk is read through; `true` if some of it is compressed. `len` is that of `file`, in bytes.
+pub fn structure(file: &File, header: &Header, len: u64) -> Result<bool, Verdict> {
     let mut tables = Tables::new(file, header, len);
     let mut buffer = Vec::new();
+    let mut has_compressed = false;
     for entry in tables.l1("its L1 table", header.l1_offset, header.l1_entries)? {
-        tables.l2(&mut buffer, entry.offset, |_| Ok(()))?;
+        tables.l2(&mut buffer, entry.offset, |entry| {
+            has_compressed |= matches!(entry, L2Entry::Compressed { .. });
+            Ok(())
+        })?;
     }
-    Ok(())
+    Ok(has_compressed)
 }
 
 /// Looks at everything that a write relies on, the structure included. The number of clusters that are counted too often, which

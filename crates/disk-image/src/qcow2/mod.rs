@@ -4,16 +4,17 @@
 //! cycles are found, and a format is never guessed from what a guest may have written.
 
 mod check;
+mod compressed;
 mod header;
 mod storage;
 #[cfg(test)]
 mod tests;
-mod zstd;
 
 use crate::open::{file_len, open_locked};
 use crate::{DiskError, Fault, GuestSlice, MAX_BACKING_FILES};
 use check::Verdict;
-use header::{Compression, Header, incompatible};
+use compressed::CompressedImage;
+use header::{Header, incompatible};
 use imago::io_buffers::{IoVector, IoVectorMut};
 use imago::qcow2::Qcow2;
 use imago::raw::Raw;
@@ -24,7 +25,6 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use storage::{Guarded, Shown};
-use zstd::ZstdImage;
 
 type Format = FormatAccess<Guarded>;
 
@@ -35,8 +35,8 @@ pub struct Qcow2Disk {
     image: RwLock<Format>,
     /// Bytes, in whole sectors.
     len: u64,
-    /// Writes have the image alone too.
-    is_zstd: bool,
+    /// Writes have the image alone too: where compressed data are must not change while they are read.
+    has_compressed: bool,
     /// Zeros are written as bytes, and discards do nothing: version 2 has no other way.
     is_version_2: bool,
 }
@@ -45,14 +45,14 @@ impl Qcow2Disk {
     /// Opens `file`, locked already, and every backing file behind it, which are those that the user `named`, in order.
     pub fn open(file: File, path: &Path, writable: bool, named: &[PathBuf]) -> Result<Self, DiskError> {
         let mut chain = Chain { seen: Vec::new(), named };
-        let (image, header) = chain.open_qcow2(file, path, writable)?;
+        let Opened { image, header, has_compressed } = chain.open_qcow2(file, path, writable)?;
         if let Some(given) = chain.named.first() {
             return Err(DiskError::NoBacking { image: path.to_owned(), given: given.clone() });
         }
         Ok(Self {
             image: RwLock::new(image),
             len: header.whole_sectors(),
-            is_zstd: header.compression == Some(Compression::Zstd),
+            has_compressed,
             is_version_2: header.version < 3,
         })
     }
@@ -68,7 +68,7 @@ impl Qcow2Disk {
 
     pub fn write(&self, slices: &[GuestSlice<'_>], offset: u64) -> io::Result<()> {
         let (buffers, _guard) = IoVector::from_volatile_slice(slices);
-        if self.is_zstd {
+        if self.has_compressed {
             self.alone().writev(buffers, offset)
         } else {
             self.shared().writev(buffers, offset)
@@ -121,6 +121,13 @@ impl Qcow2Disk {
     }
 }
 
+/// A qcow2 image with all behind it.
+struct Opened {
+    image: Format,
+    header: Arc<Header>,
+    has_compressed: bool,
+}
+
 /// Opens images until one has no backing file.
 struct Chain<'a> {
     /// The files opened so far, by device and inode.
@@ -130,18 +137,13 @@ struct Chain<'a> {
 }
 
 impl Chain<'_> {
-    fn open_qcow2(
-        &mut self,
-        file: File,
-        path: &Path,
-        writable: bool,
-    ) -> Result<(Format, Arc<Header>), DiskError> {
+    fn open_qcow2(&mut self, file: File, path: &Path, writable: bool) -> Result<Opened, DiskError> {
         self.seen.push(identity(path, &file)?);
         let len = file_len(path, &file)?;
         let verdict = |verdict| refuse(path, verdict, false);
         let header = Arc::new(Header::read(&file).map_err(|e| verdict(e.into()))?);
         check_features(path, &header, writable)?;
-        check::structure(&file, &header, len).map_err(verdict)?;
+        let has_compressed = check::structure(&file, &header, len).map_err(verdict)?;
         if writable {
             let leaked =
                 check::soundness(&file, &header, len).map_err(|verdict| refuse(path, verdict, true))?;
@@ -166,11 +168,12 @@ impl Chain<'_> {
         let mut image: Qcow2<Guarded> = Qcow2::open_image(storage.clone(), writable).map_err(host)?;
         image.set_data_file(None);
         image.set_backing(backing);
-        if header.compression == Some(Compression::Zstd) {
-            let image = ZstdImage::new(image, storage, Arc::clone(&header));
-            return Ok((FormatAccess::new(image), header));
-        }
-        Ok((FormatAccess::new(image), header))
+        let image = if has_compressed {
+            FormatAccess::new(CompressedImage::new(image, storage, Arc::clone(&header)))
+        } else {
+            FormatAccess::new(image)
+        };
+        Ok(Opened { image, header, has_compressed })
     }
 
     /// Opens what `image` gives as its backing file, by `name` and `format`, if the user named that file too.
@@ -210,7 +213,7 @@ impl Chain<'_> {
             return Err(DiskError::BackingDiffers { image, backing, given });
         }
         if is_qcow2 {
-            return Ok(self.open_qcow2(file, given, false)?.0);
+            return Ok(self.open_qcow2(file, given, false)?.image);
         }
         let host = |source| DiskError::Host { action: "open backing file", path: given.clone(), source };
         let storage =

@@ -474,6 +474,60 @@ fn a_reset_does_not_wait_for_the_whole_of_a_large_request() {
     });
 }
 
+/// A queue of requests with any kind, place and buffers; what the device must not do is panic or hang, and afterwards it works.
+#[test]
+fn descriptors_at_random() {
+    for qcow2 in [false, true] {
+        let dir = TempDir::new().unwrap();
+        let path = if qcow2 { qcow2_image(&dir, "d.qcow2", MIB, None) } else { raw_image(&dir, MIB) };
+        // SplitMix64, with the same seed always.
+        let mut state = 2026_u64;
+        let mut below = move |limit: u64| {
+            state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let z = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb) % limit
+        };
+        let mut d = writable(&path);
+        for _ in 0..400 {
+            for _ in 0..1 + below(4) {
+                let kind = [0, 1, 4, 8, 11, 13, below(20) as u32][below(7) as usize];
+                let sector = if below(8) == 0 { below(u64::MAX) } else { below(2100) };
+                let ranges = range(below(2100), below(300) as u32, below(3) as u32);
+                let out = d.put(&[header(kind, sector), ranges].concat());
+                let head = if kind > 8 { 32 } else { 16 };
+                let mut buffers = vec![(out, if below(20) == 0 { below(40) as u32 } else { head }, false)];
+                for _ in 0..below(5) {
+                    let len = if below(6) == 0 { below(5000) } else { below(20) * 512 } as u32;
+                    let outside = below(60) == 0;
+                    let at =
+                        if outside { RAM_BASE + RAM - 256 } else { RAM_BASE + (8 << 20) + below(1 << 20) };
+                    buffers.push((at, len, below(2) == 0));
+                }
+                // Readable ones first, mostly.
+                if below(10) != 0 {
+                    buffers.sort_by_key(|buffer| buffer.2);
+                }
+                buffers.push((d.put(&[9]), 1, below(30) != 0));
+                d.add(below(2) as usize, &buffers);
+            }
+            d.kick(0);
+            d.kick(1);
+            if below(3) == 0 {
+                std::thread::yield_now();
+            } else {
+                std::thread::sleep(std::time::Duration::from_micros(below(300)));
+            }
+            d.reset();
+            d.start(u64::MAX, 128);
+        }
+        assert_eq!(write(&mut d, 0, &[1; 512]), 0);
+        assert_eq!(read(&mut d, 0, 512), (vec![1; 512], 0));
+        drop(d);
+        // Its checks are those that a damaged image would fail.
+        drop(writable(&path));
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
 

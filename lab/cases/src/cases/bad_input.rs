@@ -6,6 +6,7 @@ use anyhow::{Context, Result, bail, ensure};
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::net::{Ipv4Addr, TcpListener};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -58,6 +59,8 @@ fn mistakes(host: &Host, taken: u16) -> Result<Vec<Mistake>> {
     let usage =
         |name, args: &[&str], says: &[&'static str]| Mistake { status: USAGE, ..mistake(name, args, says) };
     let forward = format!("user,forward=127.0.0.1:{taken}:22");
+    let orphan = format!("{},backing={}", path("orphan.qcow2"), path("base.qcow2"));
+    let cycle = format!("{},backing={}", path("a.qcow2"), path("b.qcow2"));
     let frozen = format!("{SHARE}/kernels/6.12/frozen.raw");
     let mut all = vec![
         mistake("kernel-missing", &["--kernel", &path("none")], &["none", "check the path"]),
@@ -72,8 +75,14 @@ fn mistakes(host: &Host, taken: u16) -> Result<Vec<Mistake>> {
         mistake("disk-missing", &["--disk", &path("none.raw")], &["none.raw", "check the path"]),
         mistake("disk-directory", &["--disk", WORK], &["directory", "name a file"]),
         mistake("disk-not-writable", &["--disk", &frozen], &["read-only", ":ro"]),
-        mistake("qcow2-backing-missing", &["--disk", &path("orphan.qcow2")], &["backing", "rebase"]),
-        mistake("qcow2-backing-cyclic", &["--disk", &path("a.qcow2")], &["backing", "rebase"]),
+        mistake("qcow2-backing-not-named", &["--disk", &path("orphan.qcow2")], &["base.qcow2", "backing="]),
+        mistake("qcow2-backing-missing", &["--disk", &orphan], &["backing", "rebase"]),
+        mistake("qcow2-backing-cyclic", &["--disk", &cycle], &["backing", "rebase"]),
+        mistake(
+            "qcow2-damaged",
+            &["--disk", &path("damaged.qcow2")],
+            &["cannot be written to", "qemu-img check"],
+        ),
         usage(
             "device-twice",
             &["--device", "simulated:rtx5090", "--device", "simulated:rtx5090"],
@@ -117,6 +126,10 @@ fn make_files(host: &Host) -> Result<()> {
     };
     create(&base, None)?;
     create(&orphan, Some(&base))?;
+    // Refcounts of zero for its own tables: those of QEMU's images are in the third cluster of 64 KiB.
+    let damaged = at("damaged.qcow2");
+    create(&damaged, None)?;
+    File::options().write(true).open(&damaged)?.write_all_at(&[0; 64], 2 << 16)?;
     fs::remove_file(&base)?;
     let (a, b) = (at("a.qcow2"), at("b.qcow2"));
     create(&a, None)?;

@@ -108,7 +108,7 @@ fn backing_host(host: &Host) -> Result<Option<String>> {
     let before = fs::read(&base)?;
     let top = host.scratch("top.qcow2");
     host.qemu_img(&["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", path(&base)?, path(&top)?])?;
-    let mut vm = host.start(&host.guest(Kernel::V6_12).disk(Disk::qcow2(&top)))?;
+    let mut vm = host.start(&host.guest(Kernel::V6_12).disk(Disk::qcow2(&top).over(&base)))?;
     vm.finish(STEP)?;
     drop(vm);
     ensure!(fs::read(&base)? == before, "the base image has changed");

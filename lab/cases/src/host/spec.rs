@@ -72,17 +72,25 @@ pub struct Disk {
     pub format: &'static str,
     /// Whether the guest may only read.
     pub read_only: bool,
+    /// Its backing files, which Outboard opens only if they are named.
+    pub backing: Vec<PathBuf>,
 }
 
 impl Disk {
     /// A raw image.
     pub fn raw(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into(), format: "raw", read_only: false }
+        Self { path: path.into(), format: "raw", read_only: false, backing: vec![] }
     }
 
     /// A qcow2 image.
     pub fn qcow2(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into(), format: "qcow2", read_only: false }
+        Self { path: path.into(), format: "qcow2", read_only: false, backing: vec![] }
+    }
+
+    /// The same over `backing`.
+    pub fn over(mut self, backing: impl Into<PathBuf>) -> Self {
+        self.backing.push(backing.into());
+        self
     }
 
     /// The same for reading only.
@@ -254,6 +262,10 @@ impl GuestSpec {
             let mut value = disk.path.clone().into_os_string();
             if disk.read_only {
                 value.push(":ro");
+            }
+            for backing in &disk.backing {
+                value.push(",backing=");
+                value.push(backing);
             }
             command.arg("--disk").arg(value);
         }

@@ -1,4 +1,7 @@
-//! Clusters compressed with zstd, which imago 0.2.6 does not know: imago does all but to unpack them.
+//! Compressed clusters: imago does all but to unpack them.
+//!
+//! imago 0.2.6 does not know zstd, and takes the buffer that it unpacks deflate into for a ring: a stream that refers to what is
+//! before its beginning is given what the end of the buffer held, which is memory of this process.
 //!
 //! imago says which clusters are compressed; where, this looks up in the file. That is right because imago never changes an
 //! entry of a compressed cluster but to replace it, and links a table at once; and because nothing is written to such an image while
@@ -7,7 +10,7 @@
 #![allow(unsafe_code)] // UNSAFETY: methods of imago's trait that are unsafe, passed on.
 
 use super::check::L2Entry;
-use super::header::Header;
+use super::header::{Compression, Header};
 use super::storage::Guarded;
 use imago::format::drivers::FormatDriverInstance;
 use imago::format::{Format, PreallocateMode};
@@ -19,13 +22,13 @@ use std::io::{self, Read};
 use std::sync::Arc;
 
 #[derive(Debug)]
-pub struct ZstdImage {
+pub struct CompressedImage {
     inner: Qcow2<Guarded>,
     storage: Guarded,
     header: Arc<Header>,
 }
 
-impl ZstdImage {
+impl CompressedImage {
     /// `inner` is on `storage`, whose header is `header`.
     pub fn new(inner: Qcow2<Guarded>, storage: Guarded, header: Arc<Header>) -> Self {
         Self { inner, storage, header }
@@ -40,11 +43,11 @@ impl ZstdImage {
         let Some(L2Entry::Compressed { offset, len }) = self.look_up(offset)? else { return Ok(None) };
         let mut packed = vec![0; len as usize];
         self.storage.read(&mut packed[..], offset)?;
-        let bad = |error| io::Error::new(io::ErrorKind::InvalidData, error);
-        let mut decoder =
-            ruzstd::decoding::StreamingDecoder::new(&packed[..]).map_err(|e| bad(e.to_string()))?;
         let mut data = vec![0; self.cluster() as usize];
-        decoder.read_exact(&mut data)?;
+        match self.header.compression {
+            Some(Compression::Deflate) => inflate(&packed, &mut data)?,
+            _ => unpack_zstd(&packed, &mut data)?,
+        }
         Ok(Some(data))
     }
 
@@ -82,7 +85,31 @@ impl ZstdImage {
     }
 }
 
-impl FormatDriverInstance for ZstdImage {
+/// Fills `data` from a deflate stream at the beginning of `packed`, without the header that zlib puts before it.
+fn inflate(packed: &[u8], data: &mut [u8]) -> io::Result<()> {
+    use miniz_oxide::inflate::core::inflate_flags::TINFL_FLAG_USING_NON_WRAPPING_OUTPUT_BUF;
+    use miniz_oxide::inflate::core::{DecompressorOxide, decompress};
+    let mut state = Box::<DecompressorOxide>::default();
+    let flags = TINFL_FLAG_USING_NON_WRAPPING_OUTPUT_BUF;
+    // The stream may go on behind the end of the cluster, as far as the last sector does.
+    let (status, _, written) = decompress(&mut state, packed, data, 0, flags);
+    if written == data.len() {
+        Ok(())
+    } else {
+        Err(bad(format!("a compressed cluster is damaged: {status:?}")))
+    }
+}
+
+fn unpack_zstd(packed: &[u8], data: &mut [u8]) -> io::Result<()> {
+    let decoder = ruzstd::decoding::StreamingDecoder::new(packed);
+    decoder.map_err(|e| bad(format!("a compressed cluster is damaged: {e}")))?.read_exact(data)
+}
+
+fn bad(what: String) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what)
+}
+
+impl FormatDriverInstance for CompressedImage {
     type Storage = Guarded;
 
     fn format(&self) -> Format {
@@ -188,7 +215,7 @@ impl FormatDriverInstance for ZstdImage {
     }
 }
 
-impl fmt::Display for ZstdImage {
+impl fmt::Display for CompressedImage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(&self.inner, f)
     }
