@@ -1,5 +1,6 @@
 use super::packet::{Header, NO_BOTH, NO_RECEIVE, NO_SEND, op};
 use mio::net::UnixStream;
+use socket2::SockRef;
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::Shutdown;
@@ -24,6 +25,8 @@ pub enum Phase {
     Open,
     /// Over; waits only for its RST to be sent.
     Dead,
+    /// The guest's side is over; the host's program has not taken all that came before.
+    Draining,
 }
 
 /// A stream between a program of the host, at a Unix socket, and one of the guest.
@@ -56,6 +59,8 @@ pub struct Connection {
     host_ended: u32,
     host_ended_told: u32,
     write_ended: bool,
+    /// The host's program reads no more: its socket refused a write.
+    host_deaf: bool,
 }
 
 /// A packet for the guest, as far as the connection knows it.
@@ -95,6 +100,7 @@ impl Connection {
             host_ended: 0,
             host_ended_told: 0,
             write_ended: false,
+            host_deaf: false,
         }
     }
 
@@ -123,9 +129,25 @@ impl Connection {
         if !in_order || self.to_host.len() + data.len() > BUFFER as usize {
             return self.kill();
         }
+        if self.host_deaf {
+            return self.discard(data.len());
+        }
         let direct = if self.to_host.is_empty() && self.writable { self.write_direct(data) } else { 0 };
         self.to_host.extend(&data[direct..]);
         self.flush();
+    }
+
+    /// Counts `len` bytes as passed on that nobody reads any more.
+    fn discard(&mut self, len: usize) {
+        self.forwarded = self.forwarded.wrapping_add(len as u32);
+    }
+
+    /// The host's program reads no more. What it has written before still goes to the guest.
+    pub fn host_hung_up(&mut self) {
+        self.host_deaf = true;
+        self.host_gone();
+        self.discard(self.to_host.len());
+        self.to_host.clear();
     }
 
     /// Writes without a detour through the buffer, which is what happens while the host's program keeps up.
@@ -169,7 +191,7 @@ impl Connection {
                 Err(e) if e.kind() == ErrorKind::WouldBlock => self.writable = false,
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
                 // The program is gone.
-                Err(_) => return self.kill(),
+                Err(_) => self.host_hung_up(),
             }
         }
         if self.to_host.is_empty() && self.guest_ended & NO_SEND != 0 && self.phase == Phase::Open {
@@ -183,12 +205,42 @@ impl Connection {
         }
     }
 
+    /// The guest's side is over. Passes on what the guest was told is taken. True if the host's program has still to take some of it.
+    pub fn drain(&mut self) -> bool {
+        self.phase = Phase::Draining;
+        self.announce = 0;
+        self.deadline = None;
+        if self.to_host.is_empty() {
+            return false;
+        }
+        // Mostly the kernel then takes all at once, and nothing depends on how long this process lives. A host that allows no larger buffer leaves
+        // it to the program's pace.
+        let socket = SockRef::from(&self.stream);
+        if let Ok(now) = socket.send_buffer_size() {
+            let _ = socket.set_send_buffer_size(now.saturating_add(2 * BUFFER as usize));
+        }
+        self.writable = true;
+        self.flush();
+        self.is_draining()
+    }
+
+    /// Bytes that the host's program has still to take.
+    #[cfg(any(test, fuzzing))]
+    pub fn waiting(&self) -> usize {
+        self.to_host.len()
+    }
+
+    /// The guest's side is over, and something is left for the host's program.
+    pub fn is_draining(&self) -> bool {
+        self.phase == Phase::Draining && !self.to_host.is_empty()
+    }
+
     /// The host's program closed its socket altogether: it will not read either.
     pub fn host_gone(&mut self) {
         self.host_ended |= NO_RECEIVE;
     }
 
-    /// Whether both sides have nothing to say any more as far as we are concerned, so that only the guest's RST is missing.
+    /// Both sides have nothing to say any more as far as we are concerned, so that only the guest's RST is missing.
     pub fn is_ending(&self) -> bool {
         self.host_ended_told == NO_BOTH
     }
@@ -210,7 +262,8 @@ impl Connection {
             return Some(packet);
         }
         // That nobody reads is only worth telling once all that was written is passed on.
-        let ended = if self.host_ended & NO_SEND != 0 { self.host_ended } else { 0 };
+        let all_passed_on = self.host_ended & NO_SEND != 0 || (self.host_deaf && !self.readable);
+        let ended = if all_passed_on { self.host_ended } else { 0 };
         if ended != self.host_ended_told {
             self.host_ended_told = ended;
             return Some(Outgoing { op: op::SHUTDOWN, flags: ended, len: 0 });

@@ -8,6 +8,8 @@ mod connection;
 mod mux;
 mod packet;
 
+#[cfg(fuzzing)]
+pub use mux::script;
 pub use mux::{MAX_CONNECTIONS, VsockError};
 
 use crate::pair::{Pair, PairWorker};

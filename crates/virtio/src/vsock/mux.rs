@@ -22,6 +22,8 @@ const MAX_REFUSALS: usize = 256;
 const FIRST_PORT: u32 = 1 << 30;
 /// How long a program may take to say where it wants to go, the guest to answer, and the guest to confirm an end.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long to leave programs waiting after the system could not take one.
+const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
 const WAKER: Token = Token(usize::MAX - 1);
 const LISTENER: Token = Token(usize::MAX - 2);
@@ -67,6 +69,10 @@ pub struct Mux {
     refusals: VecDeque<Header>,
     next_port: u32,
     next_check: Option<Instant>,
+    /// When to look for waiting programs again, after the system could not take one.
+    accept_again: Option<Instant>,
+    /// Connections that the guest has ended and the host's programs have not read to the end, oldest first.
+    draining: VecDeque<usize>,
 }
 
 impl Backend for Mux {
@@ -77,15 +83,16 @@ impl Backend for Mux {
         Ok(())
     }
 
-    /// Ends every connection; goes on listening.
+    /// Ends every connection, as far as the guest is concerned; goes on listening.
     fn reset(&mut self) {
         for event in self.wakers.drain(..) {
             // Fails only for a descriptor that is not registered.
             let _ = self.poll.registry().deregister(&mut SourceFd(&event.as_fd().as_raw_fd()));
         }
-        self.connections.clear();
-        self.by_key.clear();
-        self.queued.clear();
+        let ids: Vec<usize> = self.connections.iter().map(|(id, _)| id).collect();
+        for id in ids {
+            self.remove(id);
+        }
         self.refusals.clear();
         self.next_check = None;
     }
@@ -116,16 +123,33 @@ impl Mux {
             refusals: VecDeque::new(),
             next_port: FIRST_PORT,
             next_check: None,
+            accept_again: None,
+            draining: VecDeque::new(),
         })
     }
 
     /// Waits for something to do, and does what concerns the host's side only.
     pub fn wait(&mut self) -> io::Result<()> {
-        let timeout = self.next_check.map(|t| t.saturating_duration_since(Instant::now()));
+        let timeout = self.timeout();
         match self.poll.poll(&mut self.events, timeout) {
             Err(error) if error.kind() == ErrorKind::Interrupted => return Ok(()),
             other => other?,
         }
+        self.work()
+    }
+
+    /// Until the next thing to do by itself.
+    fn timeout(&self) -> Option<Duration> {
+        // A program that waits since before there was room makes no event of its own.
+        if self.accepting && self.has_room() && self.accept_again.is_none() {
+            return Some(Duration::ZERO);
+        }
+        let next = self.next_check.into_iter().chain(self.accept_again).min();
+        next.map(|t| t.saturating_duration_since(Instant::now()))
+    }
+
+    /// Does what the last poll found.
+    fn work(&mut self) -> io::Result<()> {
         let mut ready = Vec::new();
         for event in &self.events {
             match event.token() {
@@ -138,7 +162,10 @@ impl Mux {
                     if event.is_write_closed() {
                         connection.host_gone();
                     }
-                    ready.push(id);
+                    // Some systems report one descriptor in several events: kqueue has one for reading and one for writing.
+                    if !ready.contains(&id) {
+                        ready.push(id);
+                    }
                 }
             }
         }
@@ -152,7 +179,7 @@ impl Mux {
         Ok(())
     }
 
-    /// Whether the guest has to be given something. Connections in the list may turn out to have nothing.
+    /// The guest has to be given something. Connections in the list may turn out to have nothing.
     pub fn has_packets(&self) -> bool {
         !self.refusals.is_empty() || !self.queued.is_empty()
     }
@@ -216,6 +243,7 @@ impl Mux {
         let connection = &mut self.connections[id];
         connection.note_credit(header);
         match header.op {
+            // What came before it was taken, so it still goes to the host's program.
             op::RST => return self.remove(id),
             op::RW => connection.receive(data),
             op::RESPONSE => self.accepted(id),
@@ -232,9 +260,11 @@ impl Mux {
     fn connect(&mut self, key: Key, header: &Header) {
         let mut path = self.path.clone().into_os_string();
         path.push(format!("_{}", key.host));
-        let full = self.connections.len() >= MAX_CONNECTIONS;
-        let connected =
-            if full { Err(io::Error::other("too many connections")) } else { UnixStream::connect(&path) };
+        let connected = if self.make_room() {
+            UnixStream::connect(&path)
+        } else {
+            Err(io::Error::other("too many connections"))
+        };
         match connected.and_then(|stream| self.insert(Connection::new(key, stream, Phase::Open))) {
             Ok(id) => {
                 let connection = &mut self.connections[id];
@@ -258,21 +288,32 @@ impl Mux {
         // Nothing was written before, so there is room for one line; if not, the program is gone.
         let line = format!("OK {}\n", connection.key.host);
         match connection.stream.write(line.as_bytes()) {
-            Ok(n) if n == line.len() => {
-                connection.phase = Phase::Open;
-                connection.deadline = None;
-            }
-            _ => connection.kill(),
+            Ok(n) if n == line.len() => {}
+            Err(error) if error.kind() == ErrorKind::BrokenPipe => connection.host_hung_up(),
+            _ => return connection.kill(),
         }
+        // Also without a reader: what a program has sent before it went is the guest's.
+        connection.phase = Phase::Open;
+        connection.deadline = None;
     }
 
     /// Takes programs that want to reach the guest.
     fn accept(&mut self) {
-        while self.accepting && self.connections.len() < MAX_CONNECTIONS {
+        if self.accept_again.is_some_and(|t| t > Instant::now()) {
+            return;
+        }
+        self.accept_again = None;
+        while self.accepting && self.make_room() {
             let stream = match self.listener.accept() {
                 Ok((stream, _)) => stream,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    self.accepting = false;
+                    return;
+                }
                 Err(error) => {
-                    self.accepting = error.kind() != ErrorKind::WouldBlock;
+                    // Out of descriptors, most likely: the program waits until there are some.
+                    warn_limited!("vsock: cannot take a connection yet: {error}");
+                    self.accept_again = Some(Instant::now() + ACCEPT_AGAIN);
                     return;
                 }
             };
@@ -286,29 +327,42 @@ impl Mux {
     }
 
     fn host_ready(&mut self, id: usize) {
-        let connection = &mut self.connections[id];
-        if let Phase::Greeting(_) = connection.phase {
-            match connection.read_greeting() {
+        let Some(connection) = self.connections.get_mut(id) else { return };
+        match connection.phase {
+            Phase::Greeting(_) => match connection.read_greeting() {
                 Ok(None) => return,
-                Ok(Some(port)) => {
-                    let old = connection.key;
-                    connection.key.guest = port;
-                    connection.phase = Phase::Requested;
-                    connection.announce = op::REQUEST;
-                    let key = connection.key;
-                    self.by_key.remove(&old);
-                    self.by_key.insert(key, id);
-                    self.set_deadline(id);
-                }
+                Ok(Some(port)) => self.request(id, port),
                 Err(error) => {
                     warn_limited!("vsock: a program did not say CONNECT PORT: {error}");
                     return self.remove(id);
                 }
+            },
+            Phase::Draining => {
+                connection.flush();
+                if !connection.is_draining() {
+                    self.forget(id);
+                }
+                return;
             }
-        } else {
-            connection.flush();
+            Phase::Requested | Phase::Open | Phase::Dead => connection.flush(),
         }
         self.enqueue(id);
+    }
+
+    /// A program has said that it wants to reach `port` of the guest.
+    fn request(&mut self, id: usize, port: u32) {
+        let connection = &mut self.connections[id];
+        let old = std::mem::replace(&mut connection.key.guest, port);
+        let (key, old) = (connection.key, Key { guest: old, ..connection.key });
+        self.by_key.remove(&old);
+        if self.by_key.contains_key(&key) {
+            // The guest has a connection of its own between these two ports.
+            return connection.kill();
+        }
+        connection.phase = Phase::Requested;
+        connection.announce = op::REQUEST;
+        self.by_key.insert(key, id);
+        self.set_deadline(id);
     }
 
     fn check_deadlines(&mut self) {
@@ -362,12 +416,47 @@ impl Mux {
         Ok(id)
     }
 
+    fn has_room(&self) -> bool {
+        self.connections.len() < MAX_CONNECTIONS || !self.draining.is_empty()
+    }
+
+    /// Makes room for one more connection, if need be by giving up the oldest that the guest has ended. False if there is none.
+    fn make_room(&mut self) -> bool {
+        if self.connections.len() < MAX_CONNECTIONS {
+            return true;
+        }
+        let Some(&oldest) = self.draining.front() else { return false };
+        warn_limited!(
+            "vsock: a program that has not read what the guest sent it makes room for another connection"
+        );
+        self.forget(oldest);
+        true
+    }
+
+    /// The guest's side of a connection is over; the host's program still gets what the guest was told is taken.
     fn remove(&mut self, id: usize) {
-        let connection = self.connections.remove(id);
-        self.by_key.remove(&connection.key);
-        if connection.queued {
+        let connection = &mut self.connections[id];
+        if connection.phase == Phase::Draining {
+            return;
+        }
+        let is_left = connection.drain();
+        if self.by_key.get(&connection.key) == Some(&id) {
+            self.by_key.remove(&connection.key);
+        }
+        if std::mem::take(&mut connection.queued) {
             self.queued.retain(|q| *q != id);
         }
+        if is_left {
+            self.draining.push_back(id);
+        } else {
+            self.connections.remove(id);
+        }
+    }
+
+    /// Drops a connection that the guest has ended, with what the host's program has not taken.
+    fn forget(&mut self, id: usize) {
+        self.draining.retain(|d| *d != id);
+        self.connections.remove(id);
     }
 
     fn enqueue(&mut self, id: usize) {
@@ -383,6 +472,10 @@ impl Drop for Mux {
         let _ = std::fs::remove_file(&self.path);
     }
 }
+
+#[cfg(any(test, fuzzing))]
+#[path = "script.rs"]
+pub mod script;
 
 /// Removes the socket file that a killed process left behind; leaves everything else alone.
 fn remove_stale(path: &Path) -> Result<(), VsockError> {

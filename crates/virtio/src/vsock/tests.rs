@@ -398,3 +398,93 @@ proptest! {
         prop_assert!(!guest.driver.is_broken());
     }
 }
+
+/// The guest's program closes its socket while the host's is slow. Linux then sends SHUTDOWN and, after 8 s without an answer, RST
+/// (VSOCK_CLOSE_TIMEOUT). What the guest had been told was taken must still reach the host's program.
+#[test]
+fn data_that_was_accepted_outlives_the_guests_reset() {
+    let mut guest = Guest::new();
+    let listener = UnixListener::bind(guest.path(Some(5000))).unwrap();
+    let mut host = guest.connect_to_host(1024, &listener);
+    let pause = || std::thread::sleep(std::time::Duration::from_millis(50));
+    let (mut sent, mut forwarded) = (0_u32, 0_u32);
+    let block = [0x42; 4096];
+    // As much as the host's credit allows, until it gives no more.
+    loop {
+        while sent - forwarded + block.len() as u32 <= BUFFER {
+            guest.send(rw(1024, 5000, &block), &block);
+            sent += block.len() as u32;
+        }
+        pause();
+        guest.send(packet(op::CREDIT_REQUEST, 1024, 5000), b"");
+        pause();
+        let before = forwarded;
+        while let Some((head, written)) = guest.driver.poll_used(RECEIVE) {
+            forwarded = guest.take(head, written).0.fwd_cnt;
+        }
+        if forwarded == before {
+            break;
+        }
+    }
+    guest.send(Header { flags: NO_BOTH, ..packet(op::SHUTDOWN, 1024, 5000) }, b"");
+    pause();
+    guest.send(packet(op::RST, 1024, 5000), b"");
+    pause();
+    let mut got = Vec::new();
+    host.read_to_end(&mut got).unwrap();
+    assert_eq!(got.len(), sent as usize);
+}
+
+/// What `echo text | socat - UNIX:PATH` does: the program is gone before the guest has answered.
+#[test]
+fn a_program_that_connects_sends_and_closes_at_once_is_served() {
+    let mut guest = Guest::new();
+    let mut stream = UnixStream::connect(guest.path(None)).unwrap();
+    stream.write_all(b"CONNECT 1024\nall that there is").unwrap();
+    drop(stream);
+    let (request, _) = guest.expect(op::REQUEST);
+    guest.send(packet(op::RESPONSE, 1024, request.src_port), b"");
+    // A guest's program that speaks first: there is nobody left to hear it.
+    guest.send(rw(1024, request.src_port, b"welcome"), b"welcome");
+    assert_eq!(guest.expect(op::RW).1, b"all that there is");
+    let mut flags = 0;
+    while flags != NO_BOTH {
+        flags = guest.expect(op::SHUTDOWN).0.flags;
+    }
+    guest.send(packet(op::RST, 1024, request.src_port), b"");
+    guest.connect_from_host(1024);
+}
+
+/// A guest that powers off or loses its driver has no RST to send; what it was told is taken counts all the same.
+#[test]
+fn data_that_was_accepted_outlives_a_reset_of_the_device() {
+    let mut guest = Guest::new();
+    let listener = UnixListener::bind(guest.path(Some(5000))).unwrap();
+    let mut host = guest.connect_to_host(7, &listener);
+    let block = [0x17; 16384];
+    let mut sent = 0;
+    // More than the socket's own buffer takes, so that some is still with the device.
+    while sent < 2 * BUFFER as usize {
+        guest.send(rw(7, 5000, &block), &block);
+        sent += block.len();
+    }
+    guest.driver.reset();
+    let mut got = Vec::new();
+    host.read_to_end(&mut got).unwrap();
+    assert_eq!(got.len(), sent);
+}
+
+/// The table is full when a program comes; when there is room, it is served without anything else happening first.
+#[test]
+fn a_program_that_came_when_the_table_was_full_is_served_once_there_is_room() {
+    let mut guest = Guest::new();
+    let listener = UnixListener::bind(guest.path(Some(5000))).unwrap();
+    let streams: Vec<_> =
+        (0..MAX_CONNECTIONS as u32).map(|port| guest.connect_to_host(port, &listener)).collect();
+    let mut late = UnixStream::connect(guest.path(None)).unwrap();
+    late.write_all(b"CONNECT 77\n").unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(50));
+    guest.send(packet(op::RST, 0, 5000), b"");
+    assert_eq!(guest.expect(op::REQUEST).0.dst_port, 77);
+    drop(streams);
+}
