@@ -56,17 +56,11 @@ pub struct Args {
 }
 
 fn bytes(text: &str) -> Result<u64, String> {
-    let digits = text.trim_end_matches(['K', 'M', 'G']);
-    let unit: u64 = match &text[digits.len()..] {
-        "" => 1,
-        "K" => 1 << 10,
-        "M" => 1 << 20,
-        "G" => 1 << 30,
-        unit => return Err(format!("unknown unit {unit:?}; use K, M or G")),
-    };
-    let number: u64 = digits.parse().map_err(|error| format!("{digits:?}: {error}"))?;
-    let bytes = number.checked_mul(unit).filter(|bytes| (outboard_dart::GRANULE..=1 << 40).contains(bytes));
-    bytes.ok_or_else(|| "needs 16 KiB (one piece of a Mac's memory) to 1 TiB".to_owned())
+    let bytes = outboard_cli::parse_size(text, 1)?;
+    match (outboard_dart::GRANULE..=1 << 40).contains(&bytes) {
+        true => Ok(bytes),
+        false => Err("needs 16 KiB (one piece of a Mac's memory) to 1 TiB".to_owned()),
+    }
 }
 
 /// Why `outboard fit` failed.
@@ -114,7 +108,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<bool, Error> {
         reports.push(report);
     }
     if let Some(path) = &args.plot {
-        std::fs::write(path, plot::svg(&reports))
+        outboard_cli::replace_file(path, plot::svg(&reports).as_bytes())
             .map_err(|source| Error::Plot { path: path.clone(), source })?;
     }
     Ok(all_fit)

@@ -3,7 +3,7 @@
 use crate::console::ConsolePump;
 use crate::devices::{DeviceKind, Devices, Functions, Host, KernelDoorbells, open_disks};
 use crate::intx::IntxLines;
-use crate::memory::{self, Ram};
+use crate::memory::{self, Ram, Scratch};
 use crate::passthrough::{Connections, HostSlot, Place};
 use crate::room;
 use crate::run::{EventSender, MachineEvent};
@@ -18,7 +18,7 @@ use outboard_pci::{Ecam, RootComplex, Windows};
 use outboard_platform::boot::{self, Initrd, Kernel, Loaded};
 use outboard_platform::fdt::{self, Description};
 use outboard_platform::layout::{self, AddressSpace};
-use outboard_platform::{Pl011, Pl031, Pl061};
+use outboard_platform::{GuestMemory, Pl011, Pl031, Pl061};
 use outboard_virtio::DoorbellBinder;
 use outboard_virtio::block::Disk;
 use std::sync::Arc;
@@ -31,7 +31,7 @@ const MAX_COMMAND_LINE: usize = 2047;
 
 /// What a machine is made from, checked: everything that can be wrong with a user's input is found here.
 #[derive(Debug)]
-pub struct Inputs {
+pub(crate) struct Inputs {
     pub(crate) space: AddressSpace,
     pub(crate) kernel: Kernel,
     pub(crate) initrd: Option<Initrd>,
@@ -43,7 +43,7 @@ impl Inputs {
     ///
     /// # Errors
     /// [`Error`] for the first thing that is wrong.
-    pub fn open(spec: &MachineSpec, capabilities: &Capabilities) -> Result<Self, Error> {
+    pub(crate) fn open(spec: &MachineSpec, capabilities: &Capabilities) -> Result<Self, Error> {
         let most = capabilities.max_vcpus.min(layout::MAX_VCPUS);
         if spec.cpus == 0 || spec.cpus > most {
             return Err(Error::Cpus { asked: spec.cpus, most });
@@ -59,6 +59,7 @@ impl Inputs {
         if spec.command_line.contains('\0') {
             return Err(Error::CommandLine("it holds a NUL byte".into()));
         }
+        spec.check_paths()?;
         if spec.console == ConsoleTarget::Stdio && spec.virtio_console == ConsoleTarget::Stdio {
             return Err(Error::TwoOnTerminal);
         }
@@ -123,11 +124,11 @@ impl Machine {
         let events = events.clone();
         let connections =
             Connections { vm: vm.clone(), gic, msi, lines, kernel_events, events: events.clone() };
-        room::check(host.slots.iter().flatten().map(HostSlot::functions), space)?;
         let slots = Slots::plug(host, (spec, first_port), &root, &ram, connections)?;
         tracing::debug!("devices are in place");
-        let loaded = load_guest(spec, inputs, &ram, intid_limit)?;
+        let loaded = load_guest(spec, inputs, ram.memory(), intid_limit)?;
         tracing::debug!("guest is loaded, kernel at {:#x}", loaded.entry);
+        host.begin_output()?;
         let panic_watch = host.panic_watch.clone();
         let console = ConsolePump::start(uart, host.console.clone(), panic_watch, events.clone())?;
         let entry = Entry { pc: loaded.entry, fdt: loaded.fdt };
@@ -199,6 +200,15 @@ fn kernel_doorbells(vm: &Arc<dyn Vm>) -> Arc<dyn DoorbellBinder> {
     Arc::new(KernelDoorbells(vm.clone()))
 }
 
+/// Loads the guest into memory that no VM has, to see that all of it fits and can be read.
+///
+/// # Errors
+/// [`Error`], as when a machine is built.
+pub(crate) fn try_loading(spec: &MachineSpec, inputs: &Inputs, devices: &Devices) -> Result<(), Error> {
+    let scratch = Scratch::new(&inputs.space.ram)?;
+    load_guest(spec, inputs, scratch.memory(), intid_limit(spec, devices)).map(drop)
+}
+
 /// As many interrupts as the devices can use; where a device of the host may come, as many as can be.
 fn intid_limit(spec: &MachineSpec, devices: &Devices) -> u32 {
     if !spec.devices.is_empty() || spec.spare_ports > 0 {
@@ -237,8 +247,13 @@ fn add_pci(bus: &Arc<MmioBus>, space: &AddressSpace) -> Result<Arc<RootComplex>,
 }
 
 /// Kernel, initrd and device tree into guest RAM.
-fn load_guest(spec: &MachineSpec, inputs: &Inputs, ram: &Ram, intid_limit: u32) -> Result<Loaded, Error> {
-    let loaded = boot::load(ram.memory(), &inputs.space.ram, &inputs.kernel, inputs.initrd.as_ref())?;
+fn load_guest(
+    spec: &MachineSpec,
+    inputs: &Inputs,
+    memory: &GuestMemory,
+    intid_limit: u32,
+) -> Result<Loaded, Error> {
+    let loaded = boot::load(memory, &inputs.space.ram, &inputs.kernel, inputs.initrd.as_ref())?;
     let cpus: Vec<u64> = (0..spec.cpus).map(mpidr).collect();
     let mut random = [0; 64];
     getrandom::fill(&mut random).map_err(|e| Error::Random(std::io::Error::other(e)))?;
@@ -250,7 +265,7 @@ fn load_guest(spec: &MachineSpec, inputs: &Inputs, ram: &Ram, intid_limit: u32) 
         initrd: loaded.initrd.clone(),
         random,
     })?;
-    boot::write_fdt(ram.memory(), loaded.fdt, &tree)?;
+    boot::write_fdt(memory, loaded.fdt, &tree)?;
     Ok(loaded)
 }
 

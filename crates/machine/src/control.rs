@@ -5,6 +5,7 @@ use crate::run::{EventSender, MachineEvent};
 use crate::slots::{PRESS_AGAIN, Reply};
 use crate::status::Board;
 use crate::{DeviceSpec, Error, MachineSpec};
+use outboard_cli::Chain;
 use outboard_control::{Answer, Folder, Handler, Request, Server};
 use outboard_host_pci::Selection;
 use std::sync::Arc;
@@ -55,7 +56,7 @@ pub(crate) fn listen(
         }
         Err(error) if spec.name.is_some() => Err(error.into()),
         Err(error) => {
-            tracing::warn!("`outboard status` will not show this virtual machine: {error}");
+            tracing::warn!("`outboard status` will not show this virtual machine: {}", Chain(&error));
             Ok(None)
         }
     }
@@ -141,6 +142,6 @@ fn wait(seconds: u32) -> Duration {
     Duration::from_secs(seconds.min(LONGEST).into())
 }
 
-fn text(error: impl std::fmt::Display) -> String {
-    error.to_string()
+fn text(error: impl std::error::Error) -> String {
+    Chain(&error).to_string()
 }

@@ -1,6 +1,6 @@
 //! Which virtio devices a machine has, in which order, and the host's ends of them.
 
-use crate::console::{ConsoleHost, PanicWatch, VirtioEnd};
+use crate::console::{ConsoleHost, Outlet, PanicWatch, VirtioEnd};
 use crate::passthrough::HostSlot;
 use crate::run::EventSender;
 use crate::slots::Slots;
@@ -54,10 +54,12 @@ pub(crate) struct Host {
     /// One for each root port; `None` where it has nothing behind it.
     pub(crate) slots: Vec<Option<HostSlot>>,
     pub(crate) board: Arc<Board>,
+    /// Where consoles print, to begin when the guest does.
+    outlets: Vec<Arc<Outlet>>,
 }
 
 impl Host {
-    /// Opens the consoles and makes the devices, in the order of [`DeviceKind::list`].
+    /// Opens the consoles and makes the devices, in the order of [`DeviceKind::list`]. Nothing of the host's has changed by then but sockets that are there.
     ///
     /// # Errors
     /// [`Error`] for what cannot be opened; everything opened so far is closed then.
@@ -70,6 +72,7 @@ impl Host {
         let panic_watch = Arc::new(PanicWatch::default());
         let mut disks = disks.into_iter();
         let mut devices = Devices::new();
+        let mut outlets = Vec::new();
         for kind in DeviceKind::list(spec) {
             devices.push(match kind {
                 DeviceKind::Disk(index) => {
@@ -80,6 +83,7 @@ impl Host {
                 DeviceKind::Net(index) => Box::new(Net::new(&format!("net{index}"), &spec.nets[index])?),
                 DeviceKind::Console => {
                     let host = ConsoleHost::open(&spec.virtio_console)?;
+                    outlets.extend(host.outlet().cloned());
                     let end = VirtioEnd::new(host, panic_watch.clone(), events.clone());
                     Box::new(Console::new("console1", Box::new(end)))
                 }
@@ -93,9 +97,18 @@ impl Host {
         let slots = spec.devices.iter().map(|device| HostSlot::open(*device).map(Some));
         let mut slots: Vec<Option<HostSlot>> = slots.collect::<Result<_, _>>()?;
         slots.resize_with(slots.len() + spec.spare_ports, || None);
-        // The terminal last: nothing that fails after it leaves it raw for long.
-        let console = Arc::new(Mutex::new(ConsoleHost::open(&spec.console)?));
-        Ok(Self { console, panic_watch, devices, slots, board: board.clone() })
+        let console = ConsoleHost::open(&spec.console)?;
+        outlets.extend(console.outlet().cloned());
+        let console = Arc::new(Mutex::new(console));
+        Ok(Self { console, panic_watch, devices, slots, board: board.clone(), outlets })
+    }
+
+    /// Lets consoles print from here on: files are emptied, a terminal becomes raw. Does nothing after a reboot.
+    ///
+    /// # Errors
+    /// [`Error::Console`], [`Error::Thread`].
+    pub(crate) fn begin_output(&self) -> Result<(), Error> {
+        self.outlets.iter().try_for_each(|outlet| outlet.begin())
     }
 }
 

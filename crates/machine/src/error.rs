@@ -1,4 +1,6 @@
+use outboard_platform::layout::LayoutError;
 use std::io;
+use std::path::PathBuf;
 
 /// Why a machine cannot be built or cannot go on. Messages say what to do; `docs/` has more.
 #[derive(Debug, thiserror::Error)]
@@ -8,7 +10,7 @@ pub enum Error {
     Hypervisor(#[from] outboard_hypervisor::Error),
     /// Memory and windows do not fit the address space.
     #[error(transparent)]
-    Layout(#[from] outboard_platform::layout::LayoutError),
+    Layout(#[from] LayoutError),
     /// Kernel or initrd.
     #[error(transparent)]
     Boot(#[from] outboard_platform::boot::BootError),
@@ -113,6 +115,16 @@ pub enum Error {
         "both consoles are to use the terminal; give --console or --virtio-console a file or a socket, or none"
     )]
     TwoOnTerminal,
+    /// One file as two things, of which at least one writes it.
+    #[error("{path} is given with {first} and with {second}: each needs a file of its own")]
+    SameFile {
+        /// The file.
+        path: PathBuf,
+        /// The one option.
+        first: &'static str,
+        /// The other.
+        second: &'static str,
+    },
     /// More devices than PCI slots.
     #[error(
         "{asked} PCI devices (disks, networks and the like): the machine has room for {most}, give fewer"
@@ -132,4 +144,20 @@ pub enum Error {
     /// Random bytes for the guest's seeds.
     #[error("reading random bytes from the host: {0}")]
     Random(io::Error),
+}
+
+impl Error {
+    /// The command line is wrong on any host and with any files.
+    pub fn is_usage(&self) -> bool {
+        match self {
+            Self::Cpus { asked, .. } => !(1..=outboard_platform::layout::MAX_VCPUS).contains(asked),
+            Self::CommandLine(_)
+            | Self::TwoOnTerminal
+            | Self::TooManyDevices { .. }
+            | Self::DeviceTwice(_)
+            | Self::SameFile { .. }
+            | Self::Layout(LayoutError::BadRam { .. }) => true,
+            _ => false,
+        }
+    }
 }

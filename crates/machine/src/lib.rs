@@ -19,12 +19,10 @@ mod status;
 mod terminal;
 mod vcpus;
 
-pub use build::Inputs;
 pub use console::ConsoleTarget;
 pub use error::Error;
-pub use plan::Plan;
-pub use run::{Outcome, run};
-pub use spec::{DeviceSpec, DiskSpec, MachineSpec, VsockSpec, parse_size};
+pub use run::{Outcome, check, run};
+pub use spec::{DeviceSpec, DiskSpec, MachineSpec, VsockSpec};
 pub use terminal::restore_terminal;
 
 /// Exit status of a process whose machine was stopped hard.

@@ -50,6 +50,37 @@ impl Ram {
     }
 }
 
+/// Memory as a guest would have it, without a VM: for a look at whether everything fits. Only what is written takes room on the host.
+pub(crate) struct Scratch {
+    /// `None` only while being dropped.
+    memory: Option<GuestMemory>,
+    range: Range<u64>,
+}
+
+impl Scratch {
+    /// Memory at `range`.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] when the host has no room.
+    pub(crate) fn new(range: &Range<u64>) -> Result<Self, Error> {
+        let mib = (range.end - range.start) >> 20;
+        let (memory, _) = allocate(range).map_err(|source| Error::Memory { mib, source })?;
+        Ok(Self { memory: Some(memory), range: range.clone() })
+    }
+
+    pub(crate) fn memory(&self) -> &GuestMemory {
+        self.memory.as_ref().expect("taken only in drop")
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        if let Some(memory) = self.memory.take() {
+            free(memory, &self.range);
+        }
+    }
+}
+
 /// Guest RAM in a device's DMA domain, one to one. Dropping it takes it out again: the device's functions have given it up before.
 pub(crate) struct DmaMapping {
     domain: Arc<dyn DmaDomain>,

@@ -7,14 +7,14 @@ use outboard_platform::layout;
 use std::fmt;
 
 /// What would be built, for people to read.
-pub struct Plan<'a> {
+pub(crate) struct Plan<'a> {
     spec: &'a MachineSpec,
     inputs: &'a Inputs,
 }
 
 impl<'a> Plan<'a> {
     /// The machine that `spec` describes; `inputs` are its checked files.
-    pub fn new(spec: &'a MachineSpec, inputs: &'a Inputs) -> Self {
+    pub(crate) fn new(spec: &'a MachineSpec, inputs: &'a Inputs) -> Self {
         Self { spec, inputs }
     }
 }
@@ -112,7 +112,7 @@ impl Plan<'_> {
 }
 
 impl ConsoleTarget {
-    /// Whether it leads anywhere.
+    /// It leads somewhere.
     pub(crate) fn is_some(&self) -> bool {
         *self != Self::None
     }

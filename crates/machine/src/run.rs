@@ -1,14 +1,17 @@
 //! The life of a machine: boot, reboots, the ways it ends.
 
-use crate::build::{Inputs, Machine};
+use crate::build::{Inputs, Machine, try_loading};
 use crate::control::{self, Order};
 use crate::devices::Host;
+use crate::passthrough::HostSlot;
+use crate::plan::Plan;
 use crate::signals::Signals;
 use crate::status::Board;
 use crate::vcpus::VcpuEvent;
-use crate::{Error, MachineSpec};
-use outboard_control::GuestState;
-use outboard_hypervisor::Hypervisor;
+use crate::{Error, MachineSpec, room};
+use outboard_cli::Chain;
+use outboard_control::{GuestState, Server};
+use outboard_hypervisor::{Capabilities, Hypervisor};
 use outboard_passthrough::Vacated;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -79,22 +82,49 @@ pub fn run(spec: &MachineSpec, hypervisor: &dyn Hypervisor) -> Result<Outcome, E
     // Before the terminal is touched, so that no signal leaves it raw.
     let signals = Signals::install(sender.clone())?;
     let board = Arc::new(Board::new(spec));
-    let control = control::listen(spec, &board, &sender)?;
-    let outcome = boots(spec, hypervisor, &mut inputs, (&sender, events), (&signals, &board));
+    let (control, host) = open_host(spec, &mut inputs, &sender, &board)?;
+    let outcome = boots(spec, hypervisor, (&inputs, host), (&sender, events), (&signals, &board));
     // The channel has gone with `boots`, so that every request under way is answered by now.
     drop(control);
     outcome
+}
+
+/// Everything that [`run`] does before there is a VM, undone again: what would be built, for people to read. Sockets and ports are taken for a moment, no file is
+/// changed.
+///
+/// # Errors
+/// [`Error`], the same that [`run`] gives.
+pub fn check(spec: &MachineSpec, capabilities: &Capabilities) -> Result<String, Error> {
+    let mut inputs = Inputs::open(spec, capabilities)?;
+    let plan = Plan::new(spec, &inputs).to_string();
+    let (sender, _events) = channel();
+    let board = Arc::new(Board::new(spec));
+    let (_control, host) = open_host(spec, &mut inputs, &EventSender(sender), &board)?;
+    try_loading(spec, &inputs, &host.devices)?;
+    Ok(plan)
+}
+
+/// Opens what the machine needs of the host: its name, sockets, ports, consoles, devices.
+fn open_host(
+    spec: &MachineSpec,
+    inputs: &mut Inputs,
+    sender: &EventSender,
+    board: &Arc<Board>,
+) -> Result<(Option<Server>, Host), Error> {
+    let control = control::listen(spec, board, sender)?;
+    let host = Host::open(spec, std::mem::take(&mut inputs.disks), sender, board)?;
+    room::check(host.slots.iter().flatten().map(HostSlot::functions), &inputs.space)?;
+    Ok((control, host))
 }
 
 /// Boots the machine again and again until it ends for good.
 fn boots(
     spec: &MachineSpec,
     hypervisor: &dyn Hypervisor,
-    inputs: &mut Inputs,
+    (inputs, mut host): (&Inputs, Host),
     (sender, events): (&EventSender, Receiver<MachineEvent>),
     (signals, board): (&Signals, &Arc<Board>),
 ) -> Result<Outcome, Error> {
-    let mut host = Host::open(spec, std::mem::take(&mut inputs.disks), sender, board)?;
     let mut power = PowerButton::default();
     loop {
         board.set_state(GuestState::Starting);
@@ -184,7 +214,7 @@ fn obey(order: Order, machine: &mut Machine, host: &mut Host) {
     match order {
         Order::Remove(selection, reply) => machine.eject(selection, reply),
         Order::Add(slot, reply) => {
-            let added = machine.add(slot, host).map_err(|error| error.to_string());
+            let added = machine.add(slot, host).map_err(|error| Chain(&error).to_string());
             let _ = reply.send(added);
         }
     }

@@ -42,7 +42,7 @@ impl Signals {
         Ok(Self { handle, thread: Some(thread), count })
     }
 
-    /// Whether the user has asked for an end.
+    /// The user has asked for an end.
     pub(crate) fn terminated(&self) -> bool {
         self.count.load(Ordering::Relaxed) > 0
     }
@@ -62,10 +62,11 @@ fn end_if_stuck() {
     std::thread::spawn(|| {
         std::thread::sleep(LAST_RESORT);
         restore_terminal();
-        eprintln!(
+        outboard_cli::say!(
             "outboard: still not stopped {} s after the second request; ending the process",
             LAST_RESORT.as_secs()
         );
+        outboard_cli::flush(Duration::from_secs(1));
         std::process::exit(crate::EXIT_KILLED);
     });
 }

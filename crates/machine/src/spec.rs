@@ -1,5 +1,6 @@
-use crate::ConsoleTarget;
+use crate::{ConsoleTarget, Error};
 use outboard_abi::published::Layout;
+use outboard_cli::{MIB, parse_size};
 use outboard_dart::Config;
 use outboard_host_pci::simulated::SimulatedKind;
 use outboard_host_pci::{DmaPolicy, Selection};
@@ -7,7 +8,9 @@ use outboard_hypervisor::VcpuOptions;
 use outboard_netstack::NetOptions;
 use outboard_virtio::block::{DiskFormat, DiskOptions};
 use std::fmt;
-use std::path::PathBuf;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 /// Everything a user says about a machine.
@@ -39,10 +42,51 @@ pub struct MachineSpec {
     pub devices: Vec<DeviceSpec>,
     /// Root ports with nothing behind them, for devices that come while the guest runs.
     pub spare_ports: usize,
+    /// The file that takes the log, so that nothing else is made of it.
+    pub log: Option<PathBuf>,
     /// End the process when the guest reboots.
     pub no_reboot: bool,
     /// For every vCPU.
     pub vcpu: VcpuOptions,
+}
+
+impl MachineSpec {
+    /// Refuses a file that is to be written as one thing and used as another: a console would go over a disk.
+    ///
+    /// # Errors
+    /// [`Error::SameFile`].
+    pub fn check_paths(&self) -> Result<(), Error> {
+        let consoles = [("--console", &self.console), ("--virtio-console", &self.virtio_console)];
+        let console = |(option, target): (&'static str, &ConsoleTarget)| match target {
+            ConsoleTarget::File(file) => Some((option, file.path.clone())),
+            ConsoleTarget::None | ConsoleTarget::Stdio | ConsoleTarget::Socket(_) => None,
+        };
+        let log = self.log.iter().map(|path| ("--log-file", path.clone()));
+        let written: Vec<_> = consoles.into_iter().filter_map(console).chain(log).collect();
+        let disks = self.disks.iter().map(|disk| ("--disk", disk.path.clone()));
+        let initrd = self.initrd.iter().map(|path| ("--initrd", path.clone()));
+        let others: Vec<_> =
+            [("--kernel", self.kernel.clone())].into_iter().chain(initrd).chain(disks).collect();
+        for (index, (option, path)) in written.iter().enumerate() {
+            let rest = written[..index].iter().chain(&others);
+            for (other, place) in rest {
+                if is_same_file(path, place) {
+                    return Err(Error::SameFile { path: path.clone(), first: other, second: option });
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Both names lead to one file. What is no file, `/dev/null` above all, may serve twice.
+fn is_same_file(one: &Path, other: &Path) -> bool {
+    match (fs::metadata(one), fs::metadata(other)) {
+        (Ok(a), Ok(b)) => a.is_file() && (a.dev(), a.ino()) == (b.dev(), b.ino()),
+        // Neither is there yet.
+        (Err(_), Err(_)) => one == other,
+        _ => false,
+    }
 }
 
 /// A disk image and how to open it: `PATH[:ro][,format=raw|qcow2]`.
@@ -130,7 +174,7 @@ impl FromStr for DeviceSpec {
         for part in parts {
             match part.split_once('=') {
                 Some(("dma", policy)) => spec.dma = policy.parse().map_err(|e| format!("{e}"))?,
-                Some(("limit-bytes", size)) => bytes = Some(parse_size(size)?),
+                Some(("limit-bytes", size)) => bytes = Some(parse_size(size, MIB)?),
                 Some(("limit-entries", number)) => {
                     let number = number.parse().ok().filter(|n| *n > 0);
                     entries = Some(number.ok_or_else(|| format!("{part} is not a number of mappings"))?);
@@ -182,25 +226,6 @@ impl fmt::Display for DeviceSpec {
     }
 }
 
-/// Bytes from a number with an optional binary unit; without one, MiB.
-///
-/// # Errors
-/// What is wrong with it, for the user.
-pub fn parse_size(text: &str) -> Result<u64, String> {
-    let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
-    let shift =
-        match text[digits.len()..].trim_end_matches("iB").trim_end_matches('B').to_ascii_uppercase().as_str()
-        {
-            "K" => 10,
-            "" | "M" => 20,
-            "G" => 30,
-            "T" => 40,
-            unit => return Err(format!("unknown unit '{unit}'; use K, M, G or T")),
-        };
-    let number: u64 = digits.parse().map_err(|_| "not a number".to_owned())?;
-    number.checked_mul(1 << shift).ok_or_else(|| "too large".to_owned())
-}
-
 /// The guest's socket device: `cid=N,socket=PATH`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VsockSpec {
@@ -247,18 +272,6 @@ mod tests {
     }
 
     #[test]
-    fn sizes_take_binary_units() {
-        for (text, bytes) in
-            [("512", 512 << 20), ("256M", 256 << 20), ("2G", 2 << 30), ("2GiB", 2 << 30), ("64k", 64 << 10)]
-        {
-            assert_eq!(parse_size(text), Ok(bytes), "{text}");
-        }
-        for text in ["", "G", "-1G", "1.5G", "2X", "99999999999999T", "0x10"] {
-            assert!(parse_size(text).is_err(), "{text}");
-        }
-    }
-
-    #[test]
     fn devices_take_a_policy_and_its_limits() {
         let parse = |text: &str| text.parse::<DeviceSpec>();
         assert_eq!(parse("01:00").unwrap(), DeviceSpec::from("01:00".parse::<Selection>().unwrap()));
@@ -279,6 +292,8 @@ mod tests {
             "01:00,dma=mac,limit-entries=65537",
             "01:00,dma=mac,limit-bytes=2G",
             "01:00,dma=mac,limit-bytes=1K",
+            "01:00,dma=mac,limit-bytes=512iB",
+            "01:00,dma=mac,limit-bytes=0",
             "01:00,dma=identity,limit-bytes=24M",
             "01:00,dma=mac,published=c",
             "01:00,nonsense",

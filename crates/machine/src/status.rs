@@ -282,6 +282,7 @@ mod tests {
             vsock: None,
             devices: vec![],
             spare_ports: 1,
+            log: None,
             no_reboot: false,
             vcpu: VcpuOptions { tso: false, priority: ThreadPriority::Normal },
         };

@@ -1,12 +1,14 @@
 //! `outboard status` and `outboard device`: asking and telling running machines.
 
+use crate::{EXIT_USAGE, chain, failed, print};
 use clap::{Args, Subcommand};
 use outboard_control::{
     Answer, Error, Folder, Found, GuestState, Name, Request, Slot, SlotState, VmStatus, request, running,
 };
+use outboard_host_pci::Selection;
+use outboard_machine::DeviceSpec;
 use serde_json::{Value, json};
 use std::fmt::Write as _;
-use std::io::Write as _;
 use std::process::ExitCode;
 
 #[derive(Args)]
@@ -59,23 +61,28 @@ pub fn device(args: &DeviceArgs) -> ExitCode {
         Action::Remove(target) => (target, true),
         Action::Add(target) => (target, false),
     };
+    if let Err(error) = check_device(&target.device, is_remove) {
+        failed(&error);
+        return ExitCode::from(EXIT_USAGE);
+    }
     finish(tell(target, is_remove).map(|text| (text, true)))
+}
+
+/// Refuses what no machine could understand.
+fn check_device(device: &str, is_remove: bool) -> Result<(), String> {
+    let parsed = if is_remove {
+        device.parse::<Selection>().map(drop).map_err(|error| error.to_string())
+    } else {
+        device.parse::<DeviceSpec>().map(drop)
+    };
+    parsed.map_err(|error| format!("'{device}' is no device: {error}"))
 }
 
 /// Prints what there is to print; a failure if it went wrong, or was not all.
 fn finish(done: Result<(String, bool), String>) -> ExitCode {
-    let (text, whole) = match done {
-        Ok(done) => done,
-        Err(error) => {
-            eprintln!("outboard: {error}");
-            return ExitCode::FAILURE;
-        }
-    };
-    match std::io::stdout().write_all(text.as_bytes()) {
-        Ok(()) if whole => ExitCode::SUCCESS,
-        // A reader that has seen enough, such as `head`, is no failure.
-        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
-        _ => ExitCode::FAILURE,
+    match done {
+        Ok((text, is_whole)) => print(&text, is_whole),
+        Err(error) => failed(&error),
     }
 }
 
@@ -95,7 +102,7 @@ fn status_text(args: &StatusArgs) -> Result<(String, bool), String> {
     if args.json {
         let all = found.iter().map(|(name, status)| match status {
             Ok(status) => object(status),
-            Err(error) => json!({ "name": name.as_str(), "error": error.to_string() }),
+            Err(error) => json!({ "name": name.as_str(), "error": chain(error) }),
         });
         return Ok((format!("{:#}\n", Value::Array(all.collect())), whole));
     }
@@ -105,7 +112,7 @@ fn status_text(args: &StatusArgs) -> Result<(String, bool), String> {
     }
     let paragraphs = found.iter().map(|(name, status)| match status {
         Ok(status) => paragraph(status),
-        Err(error) => format!("{name}\n  {error}\n"),
+        Err(error) => format!("{name}\n  {}\n", chain(error)),
     });
     Ok((paragraphs.collect(), whole))
 }
@@ -234,7 +241,7 @@ fn slot_lines(slot: &Slot) -> String {
 }
 
 fn text(error: Error) -> String {
-    error.to_string()
+    chain(&error)
 }
 
 #[cfg(test)]

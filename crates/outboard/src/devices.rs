@@ -1,11 +1,11 @@
 //! `outboard devices`: what the host has, and taking it from the host's driver and back.
 
+use crate::{chain, failed, print};
 use clap::{Args, Subcommand};
 use outboard_host_pci::host::{BarInfo, BarSpace, Function, Host, Names, Refusal};
 use outboard_host_pci::{PciAddress, Selection};
 use serde_json::{Value, json};
 use std::fmt::Write as _;
-use std::io::Write as _;
 use std::process::ExitCode;
 
 #[derive(Args)]
@@ -41,16 +41,9 @@ pub fn devices(args: &DevicesArgs) -> ExitCode {
         Some(Action::Bind { selection }) => bind(&host, *selection),
         Some(Action::Release { selection }) => release(&host, *selection),
     });
-    match done.map(|text| std::io::stdout().write_all(text.as_bytes())) {
-        // A reader that has seen enough, such as `head`, is no failure.
-        Ok(written) if written.as_ref().is_err_and(|e| e.kind() != std::io::ErrorKind::BrokenPipe) => {
-            ExitCode::FAILURE
-        }
-        Ok(_) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("outboard: {error}");
-            ExitCode::FAILURE
-        }
+    match done {
+        Ok(text) => print(&text, true),
+        Err(error) => failed(&chain(&error)),
     }
 }
 

@@ -1,8 +1,10 @@
 use clap::{Args, ValueEnum};
-use std::io::IsTerminal;
+use outboard_cli::{FileTarget, LogLine, RotatingFile};
+use std::io::{self, IsTerminal};
+use std::path::Path;
 use tracing::level_filters::LevelFilter;
 
-/// What is logged, and how. Logs go to standard error.
+/// What is logged, and how. Logs go to standard error unless told otherwise.
 #[derive(Args)]
 pub struct LogArgs {
     /// Least important messages to log.
@@ -11,6 +13,9 @@ pub struct LogArgs {
     /// Form of the log.
     #[arg(long, global = true, value_name = "FORM", default_value = "text", help_heading = "Logging")]
     log_format: Format,
+    /// File for the log, in place of standard error. At SIZE (64M) it becomes PATH.1, in place of the one before, and a new one begins.
+    #[arg(long, global = true, value_name = "PATH[,limit=SIZE|off]", help_heading = "Logging")]
+    log_file: Option<FileTarget>,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -44,13 +49,33 @@ impl From<Level> for LevelFilter {
     }
 }
 
+impl LogArgs {
+    /// The file that takes the log, if one does.
+    pub fn file(&self) -> Option<&Path> {
+        self.log_file.as_ref().map(|target| target.path.as_path())
+    }
+}
+
 /// Starts logging for the whole process.
-pub fn init(args: &LogArgs) {
+///
+/// # Errors
+/// The log's file cannot be opened.
+pub fn init(args: &LogArgs) -> Result<(), String> {
+    if let Some(target) = &args.log_file {
+        let opened = RotatingFile::open(target).and_then(outboard_cli::log_to);
+        opened.map_err(|error| {
+            format!("cannot open the log {target}: {error}; check the path given with --log-file")
+        })?;
+    }
+    let is_terminal = args.log_file.is_none() && io::stderr().is_terminal();
     let builder = tracing_subscriber::fmt()
         .with_max_level(LevelFilter::from(args.log_level))
-        .with_writer(std::io::stderr);
+        // What cannot be written is counted by the writer; nothing is to be printed about it behind its back.
+        .log_internal_errors(false)
+        .with_writer(|| LogLine);
     match args.log_format {
-        Format::Text => builder.with_target(false).with_ansi(std::io::stderr().is_terminal()).init(),
+        Format::Text => builder.with_target(false).with_ansi(is_terminal).init(),
         Format::Json => builder.json().init(),
     }
+    Ok(())
 }

@@ -6,7 +6,15 @@ mod logging;
 mod run;
 
 use clap::{Parser, Subcommand};
+use std::error::Error;
+use std::io::Write;
 use std::process::ExitCode;
+use std::time::Duration;
+
+/// Exit status for a command line that is wrong, as clap has it.
+const EXIT_USAGE: u8 = 2;
+/// How long the last messages may take to get out.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// Runs Linux virtual machines with real PCI devices.
 #[derive(Parser)]
@@ -43,29 +51,68 @@ const EXIT_STATUS: &str = "Exit status:
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    logging::init(&cli.log);
-    restore_terminal_on_panic();
-    let status = match cli.command {
-        Command::Run(args) => run::run(&args),
+    outboard_cli::survive_signals();
+    let status = start(cli);
+    outboard_machine::restore_terminal();
+    outboard_cli::flush(LAST_WORDS);
+    status
+}
+
+fn start(cli: Cli) -> ExitCode {
+    // Before a log is written over a disk.
+    let log = cli.log.file();
+    if let (Command::Run(args), Some(log)) = (&cli.command, log)
+        && let Err(error) = args.check_log(log)
+    {
+        return run::failed(&error);
+    }
+    if let Err(message) = logging::init(&cli.log) {
+        return failed(&message);
+    }
+    report_panics();
+    match cli.command {
+        Command::Run(args) => run::run(&args, log),
         Command::Devices(args) => devices::devices(&args),
         Command::Status(args) => control::status(&args),
         Command::Device(args) => control::device(&args),
         Command::Fit(args) => fit(&args),
         Command::Record(args) => record(&args),
-    };
-    outboard_machine::restore_terminal();
-    status
+    }
+}
+
+/// Says what went wrong. The log says it too where it has a file of its own.
+fn failed(message: &dyn std::fmt::Display) -> ExitCode {
+    say_failure(message);
+    ExitCode::FAILURE
+}
+
+fn say_failure(message: &dyn std::fmt::Display) {
+    if outboard_cli::has_log_file() {
+        tracing::error!("{message}");
+    }
+    outboard_cli::say!("outboard: {message}");
+}
+
+/// Prints results. Failure if they cannot be written, or `is_whole` says that they are not all.
+fn print(text: &str, is_whole: bool) -> ExitCode {
+    match outboard_cli::stdout().write_all(text.as_bytes()) {
+        Ok(()) if is_whole => ExitCode::SUCCESS,
+        Ok(()) => ExitCode::FAILURE,
+        Err(error) => failed(&format_args!("cannot write the results: {error}")),
+    }
+}
+
+/// An error with all its causes.
+fn chain(error: &dyn Error) -> String {
+    outboard_cli::Chain(error).to_string()
 }
 
 /// Status 0 if every trace fits with Outboard's own policy, 1 if one does not or cannot be read.
 fn fit(args: &outboard_fit::Args) -> ExitCode {
-    match outboard_fit::run(args, &mut std::io::stdout().lock()) {
+    match outboard_fit::run(args, &mut outboard_cli::stdout()) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
-        Err(error) => {
-            eprintln!("outboard: {error}");
-            ExitCode::FAILURE
-        }
+        Err(error) => failed(&chain(&error)),
     }
 }
 
@@ -74,17 +121,23 @@ fn record(args: &outboard_record::Args) -> ExitCode {
     match outboard_record::run(args) {
         Ok(status) => ExitCode::from(status),
         Err(error) => {
-            eprintln!("outboard: {error}");
+            say_failure(&chain(&error));
             ExitCode::from(error.status())
         }
     }
 }
 
-/// A panic of ours is a bug; it must not leave the user's terminal unusable too.
-fn restore_terminal_on_panic() {
-    let print = std::panic::take_hook();
-    std::panic::set_hook(Box::new(move |info| {
+/// A panic of ours is a bug. It must not leave the user's terminal unusable too, nor hang where nobody reads the message.
+fn report_panics() {
+    std::panic::set_hook(Box::new(|info| {
         outboard_machine::restore_terminal();
-        print(info);
+        let thread = std::thread::current();
+        let name = thread.name().unwrap_or("without a name").to_owned();
+        // Empty unless RUST_BACKTRACE asks for it.
+        let backtrace = std::backtrace::Backtrace::capture();
+        say_failure(&format_args!(
+            "thread {name}: {info}\n{backtrace}\nThis is a bug in Outboard, please report it with its log."
+        ));
+        outboard_cli::flush(LAST_WORDS);
     }));
 }

@@ -1,12 +1,13 @@
+use crate::{EXIT_USAGE, chain, print, say_failure};
 use clap::Args;
+use outboard_cli::{MIB, parse_size};
 use outboard_control::Name;
 use outboard_hypervisor::{Capabilities, ThreadPriority, VcpuOptions};
 use outboard_machine::{
-    ConsoleTarget, DeviceSpec, DiskSpec, EXIT_KILLED, Error, Inputs, MachineSpec, Outcome, Plan, VsockSpec,
-    parse_size,
+    ConsoleTarget, DeviceSpec, DiskSpec, EXIT_KILLED, Error, MachineSpec, Outcome, VsockSpec,
 };
 use outboard_netstack::NetOptions;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 /// Exit status after a panic of the guest's kernel.
@@ -31,12 +32,12 @@ pub struct RunArgs {
     cpus: u32,
 
     /// Guest memory: a number with K, M, G or T (powers of 1024); without a letter, MiB.
-    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_size)]
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = memory_size)]
     memory: u64,
 
-    /// Serial console of the guest (ttyAMA0): stdio, none, file:PATH or socket:PATH.
+    /// Serial console of the guest (ttyAMA0): stdio, none, file:PATH[,limit=SIZE|off] or socket:PATH.
     ///
-    /// With stdio, Ctrl-A x leaves, Ctrl-A h helps, and Ctrl-C goes to the guest.
+    /// At SIZE (64M) a file becomes PATH.1, in place of the one before, and a new one begins. With stdio, Ctrl-A x leaves, Ctrl-A h helps, and Ctrl-C goes to the guest.
     #[arg(long, value_name = "WHERE")]
     console: Option<ConsoleTarget>,
 
@@ -104,8 +105,12 @@ pub struct RunArgs {
     dry_run: bool,
 }
 
+fn memory_size(text: &str) -> Result<u64, String> {
+    parse_size(text, MIB)
+}
+
 impl RunArgs {
-    fn spec(&self) -> MachineSpec {
+    fn spec(&self, log: Option<&Path>) -> MachineSpec {
         let default_console = if self.headless { ConsoleTarget::None } else { ConsoleTarget::Stdio };
         let priority = if self.high_priority { ThreadPriority::High } else { ThreadPriority::Normal };
         MachineSpec {
@@ -122,51 +127,71 @@ impl RunArgs {
             vsock: self.vsock.clone(),
             devices: self.devices.clone(),
             spare_ports: self.spare_ports.into(),
+            log: log.map(Path::to_owned),
             no_reboot: self.no_reboot,
             vcpu: VcpuOptions { tso: self.tso, priority },
         }
     }
+
+    /// Refuses a log that goes into a file which the machine uses.
+    ///
+    /// # Errors
+    /// [`Error::SameFile`].
+    pub fn check_log(&self, log: &Path) -> Result<(), Error> {
+        self.spec(Some(log)).check_paths()
+    }
 }
 
 /// Runs the machine; the process's exit status.
-pub fn run(args: &RunArgs) -> ExitCode {
-    let spec = args.spec();
-    let result = if args.dry_run { dry_run(&spec) } else { run_here(&spec) };
-    match result {
+pub fn run(args: &RunArgs, log: Option<&Path>) -> ExitCode {
+    let spec = args.spec(log);
+    if args.dry_run {
+        return match dry_run(&spec) {
+            Ok(plan) => print(&plan, true),
+            Err(error) => failed(&error),
+        };
+    }
+    match run_here(&spec) {
         Ok(Outcome::PowerOff) => ExitCode::SUCCESS,
         Ok(Outcome::GuestPanic) => {
-            eprintln!("outboard: the guest's kernel panicked; its console says why");
+            say_failure(&"the guest's kernel panicked; its console says why");
             ExitCode::from(EXIT_GUEST_PANIC)
         }
         Ok(Outcome::Killed) => ExitCode::from(EXIT_KILLED as u8),
-        Err(error) => {
-            outboard_machine::restore_terminal();
-            eprintln!("outboard: {error}");
-            ExitCode::FAILURE
-        }
+        Err(error) => failed(&error),
     }
+}
+
+/// Says why there is no machine; the exit status for that.
+pub fn failed(error: &Error) -> ExitCode {
+    outboard_machine::restore_terminal();
+    say_failure(&chain(error));
+    if error.is_usage() { ExitCode::from(EXIT_USAGE) } else { ExitCode::FAILURE }
 }
 
 /// Open files that a machine may need: a network's 1,024 connections, sockets of the guest, disks, events.
 const OPEN_FILES: u64 = 10_240;
 
-fn run_here(spec: &MachineSpec) -> Result<Outcome, Error> {
+fn raise_limits() {
     // macOS starts processes with 256. Where it cannot be raised, connections beyond the limit are refused, no more.
     if let Err(error) = rlimit::increase_nofile_limit(OPEN_FILES) {
         tracing::debug!("the limit on open files stays as it is: {error}");
     }
+}
+
+fn run_here(spec: &MachineSpec) -> Result<Outcome, Error> {
+    raise_limits();
     outboard_machine::run(spec, &*outboard_hypervisor::native()?)
 }
 
-/// Checks and prints. A host without a hypervisor checks against what the hosts that have one offer.
-fn dry_run(spec: &MachineSpec) -> Result<Outcome, Error> {
+/// Checks; what would be built. A host without a hypervisor checks against what the hosts that have one offer.
+fn dry_run(spec: &MachineSpec) -> Result<String, Error> {
     let capabilities = match outboard_hypervisor::native() {
         Ok(hypervisor) => hypervisor.capabilities()?,
         Err(_) => TYPICAL,
     };
-    let inputs = Inputs::open(spec, &capabilities)?;
-    print!("{}", Plan::new(spec, &inputs));
-    Ok(Outcome::PowerOff)
+    raise_limits();
+    outboard_machine::check(spec, &capabilities)
 }
 
 /// An Apple M4's, and KVM's on most arm64 machines.

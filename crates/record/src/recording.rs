@@ -4,7 +4,7 @@ use crate::error::Error;
 use crate::event::Printer;
 use crate::ring::{Layout, records};
 use std::collections::HashMap;
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{self, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 
@@ -20,20 +20,43 @@ pub(crate) struct Recording {
     /// Records that did not have the fields their format promises.
     pub(crate) damaged: u64,
     page: Vec<u8>,
+    /// The file was made by us, and nothing has been recorded into it.
+    is_new: bool,
 }
 
 impl Recording {
-    pub(crate) fn create(path: &Path) -> Result<Self, Error> {
+    /// Opens the file. What it has stays until [`Recording::begin`]; one that was made and never begun is removed again.
+    pub(crate) fn open(path: &Path) -> Result<Self, Error> {
         let output = |source| Error::Output { path: path.to_owned(), source };
-        let file = BufWriter::with_capacity(1 << 18, File::create(path).map_err(output)?);
+        let mut options = OpenOptions::new();
+        options.write(true);
+        let (file, is_new) = match options.clone().create_new(true).open(path) {
+            Ok(file) => (file, true),
+            // Without O_EXCL also where a link leads nowhere.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                (options.create(true).truncate(false).open(path).map_err(output)?, false)
+            }
+            Err(error) => return Err(output(error)),
+        };
         Ok(Self {
             path: path.to_owned(),
-            file,
+            file: BufWriter::with_capacity(1 << 18, file),
+            is_new,
             waiting: Vec::new(),
             seen: 0,
             events: 0,
             damaged: 0,
             page: Vec::new(),
+        })
+    }
+
+    /// From here on it is written, in place of what it had.
+    pub(crate) fn begin(&mut self) -> Result<(), Error> {
+        self.is_new = false;
+        self.output(|file| match file.get_ref().metadata()?.is_file() {
+            true => file.get_ref().set_len(0),
+            // A pipe, say.
+            false => Ok(()),
         })
     }
 
@@ -116,6 +139,15 @@ impl Recording {
     }
 }
 
+impl Drop for Recording {
+    fn drop(&mut self) {
+        if self.is_new {
+            // It may be gone already.
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -151,7 +183,8 @@ mod tests {
         let printers = HashMap::from([(5, printer)]);
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("x.trace");
-        let mut recording = Recording::create(&path).expect("created");
+        let mut recording = Recording::open(&path).expect("opened");
+        recording.begin().expect("emptied");
         let bus = |path| {
             let text = std::fs::read_to_string(path).expect("there");
             let number = |line: &str| line.split("dma_addr=").nth(1)?.split(' ').next().map(str::to_owned);
@@ -169,5 +202,20 @@ mod tests {
         }
         recording.finish().expect("written");
         assert_eq!((recording.events, recording.damaged), (4, 0));
+    }
+    #[test]
+    fn nothing_is_overwritten_before_there_is_something_to_record() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("x.trace");
+        drop(Recording::open(&path).expect("opened"));
+        assert!(!path.exists());
+        std::fs::write(&path, "the last recording").expect("written");
+        let mut recording = Recording::open(&path).expect("opened");
+        assert_eq!(std::fs::read(&path).expect("there"), b"the last recording");
+        recording.begin().expect("emptied");
+        recording.comment("new").expect("written");
+        recording.flush().expect("written");
+        drop(recording);
+        assert_eq!(std::fs::read(&path).expect("there"), b"# new\n");
     }
 }

@@ -6,6 +6,7 @@ use crate::recording::Recording;
 use crate::tracefs::{self, Instance, Lost};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, getpgrp, tcgetpgrp};
+use outboard_cli::say;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::fs;
@@ -34,10 +35,7 @@ pub fn run(args: &Args) -> Result<u8, Error> {
     // Before anything is switched on: from here on a signal ends the command, and us in good order.
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP]).map_err(Error::Signals)?;
     let instance = Instance::new(args.device.as_deref(), args.buffer)?;
-    let mut recording = Recording::create(&args.output)?;
-    let command: Vec<_> = args.command.iter().map(|word| word.to_string_lossy()).collect();
-    recording.comment(&format!("outboard record, Linux {}", tracefs::release()))?;
-    recording.comment(&format!("command: {}", command.join(" ").replace('\n', " ")))?;
+    let mut recording = Recording::open(&args.output)?;
     let (status, lost) = record(args, &instance, &mut recording, &mut signals)?;
     // The file says it too: whoever gets it later must know.
     recording.comment(&format!("lost {} events", lost.0 + recording.damaged))?;
@@ -55,6 +53,10 @@ fn record(
     let Instance { layout, printers, .. } = instance;
     instance.switch(true)?;
     let mut child = start(args)?;
+    if let Err(error) = begin(args, recording) {
+        end(&mut child);
+        return Err(error);
+    }
     let mut asked = false;
     let status = loop {
         for signal in signals.pending() {
@@ -62,9 +64,7 @@ fn record(
             asked = true;
         }
         if let Err(error) = recording.round(layout, printers, &mut buffers) {
-            // A full disk, say: the command must not outlive its recording unseen.
-            let _ = child.kill();
-            let _ = child.wait();
+            end(&mut child);
             return Err(error);
         }
         match child.try_wait() {
@@ -80,6 +80,20 @@ fn record(
     }
     recording.finish()?;
     Ok((status, instance.lost()?))
+}
+
+/// Overwrites the file only now, when there is a command to record.
+fn begin(args: &Args, recording: &mut Recording) -> Result<(), Error> {
+    let command: Vec<_> = args.command.iter().map(|word| word.to_string_lossy()).collect();
+    recording.begin()?;
+    recording.comment(&format!("outboard record, Linux {}", tracefs::release()))?;
+    recording.comment(&format!("command: {}", command.join(" ").replace('\n', " ")))
+}
+
+/// Ends a command whose recording cannot go on, with a full disk, say: it must not outlive that unseen.
+fn end(child: &mut Child) {
+    let _ = child.kill();
+    let _ = child.wait();
 }
 
 fn name(args: &Args) -> String {
@@ -122,7 +136,7 @@ fn report(args: &Args, instance: &Instance, recording: &Recording, lost: Lost, s
     };
     if lost.0 + recording.damaged > 0 {
         let more = instance.buffer_mib.saturating_mul(4).min(4096);
-        eprintln!(
+        say!(
             "outboard: {events} events recorded in {file}, but {} were lost ({} because the kernel's buffers of {} MiB a CPU \
              were full, {} unreadable): the trace is incomplete; record again with --buffer {more}",
             lost.0 + recording.damaged,
@@ -139,7 +153,7 @@ fn report(args: &Args, instance: &Instance, recording: &Recording, lost: Lost, s
         (0, None) => ": no driver mapped anything while the command ran".to_owned(),
         _ => format!("; see: outboard fit {file}"),
     };
-    eprintln!("outboard: {events} events recorded in {file}{hint}");
+    say!("outboard: {events} events recorded in {file}{hint}");
     code
 }
 

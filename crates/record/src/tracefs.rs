@@ -143,7 +143,7 @@ impl Drop for Instance {
         // Removing the instance frees its buffers. The kernel says busy while one of its files is open.
         if let Err(error) = fs::remove_dir(&self.folder) {
             let folder = self.folder.display();
-            eprintln!(
+            outboard_cli::say!(
                 "outboard: the tracing instance {folder} stays: {error}; remove it with: rmdir {folder}"
             );
         }

@@ -3,7 +3,7 @@ const ESCAPE: u8 = 0x01;
 
 /// Shown for Ctrl-A h.
 const HELP: &str = "\nCtrl-A x  leave: stops the virtual machine at once\n\
-                    Ctrl-A Ctrl-A  send Ctrl-A to the guest\nCtrl-A h  this help\n";
+                    Ctrl-A Ctrl-A  send Ctrl-A to the guest\nCtrl-A h  this help";
 
 /// Filters what is typed at a terminal.
 #[derive(Debug, Default)]
@@ -25,7 +25,7 @@ impl Escape {
             }
             match key {
                 b'x' => return true,
-                b'h' | b'?' => eprint!("{HELP}"),
+                b'h' | b'?' => outboard_cli::say!("{HELP}"),
                 ESCAPE | b'a' => out.push(ESCAPE),
                 // An unknown command was probably meant for the guest, its Ctrl-A too.
                 other => out.extend([ESCAPE, other]),

@@ -1,24 +1,36 @@
 use super::ConsoleTarget;
 use super::escape::Escape;
+use super::outlet::Outlet;
 use crate::{Error, terminal};
-use outboard_bus::{Event, poll_writable};
+use outboard_bus::{Event, poll_readable, poll_writable};
+use outboard_cli::RotatingFile;
 use std::fs::File;
 use std::io::{self, IsTerminal, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// How long what the guest has printed may take to get out once the machine stops.
 const DRAIN: Duration = Duration::from_secs(2);
-/// Most bytes that a pipe takes without blocking once poll(2) says that it takes any (PIPE_BUF).
-const PIECE: usize = 4096;
+/// How long a reader may take nothing before output is dropped. Until then the guest is held back, so that a slow reader gets all; after it the guest goes on,
+/// since a kernel that prints waits for its console with interrupts off.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// Longest time between two looks at whether the machine stops.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// An open console target; stays open while the guest reboots.
-pub(crate) enum ConsoleHost {
+pub(crate) struct ConsoleHost {
+    end: End,
+    /// The reader has taken nothing for [`PATIENCE`], and nothing since.
+    stalled: bool,
+}
+
+enum End {
     None,
-    Stdio { escape: Escape, terminal: bool, ended: bool },
-    File(File),
+    Stdio { input: File, escape: Escape, terminal: bool, ended: bool, outlet: Arc<Outlet> },
+    File(Arc<Outlet>),
     Socket { path: PathBuf, listener: UnixListener, client: Option<UnixStream> },
 }
 
@@ -30,46 +42,67 @@ pub(crate) enum Input {
     Leave,
 }
 
+/// What became of output.
+enum Taken {
+    /// So many bytes were taken, at least one.
+    Bytes(usize),
+    /// None for now.
+    Nothing,
+    /// Nobody is there to take any.
+    Nobody,
+}
+
 impl ConsoleHost {
-    /// Opens `target`. A terminal becomes raw.
+    /// Opens `target`, and changes nothing of it before its [`Outlet::begin`].
     ///
     /// # Errors
     /// [`Error::Console`].
     pub(crate) fn open(target: &ConsoleTarget) -> Result<Self, Error> {
         let failed = |source| Error::Console { target: target.to_string(), source };
-        match target {
-            ConsoleTarget::None => Ok(Self::None),
-            ConsoleTarget::Stdio => {
-                let terminal = io::stdin().is_terminal();
-                if terminal {
-                    terminal::make_raw().map_err(failed)?;
-                }
-                Ok(Self::Stdio { escape: Escape::default(), terminal, ended: false })
+        let end = match target {
+            ConsoleTarget::None => End::None,
+            ConsoleTarget::Stdio => End::Stdio {
+                input: io::stdin().as_fd().try_clone_to_owned().map_err(failed)?.into(),
+                escape: Escape::default(),
+                terminal: io::stdin().is_terminal(),
+                ended: false,
+                outlet: Outlet::stdout().map_err(failed)?,
+            },
+            ConsoleTarget::File(file) => {
+                End::File(Outlet::file(target, RotatingFile::open(file).map_err(failed)?))
             }
-            ConsoleTarget::File(path) => File::create(path).map(Self::File).map_err(failed),
             ConsoleTarget::Socket(path) => {
                 let listener = listen(path).map_err(failed)?;
-                Ok(Self::Socket { path: path.clone(), listener, client: None })
+                End::Socket { path: path.clone(), listener, client: None }
             }
+        };
+        Ok(Self { end, stalled: false })
+    }
+
+    /// What has to begin before the guest does.
+    pub(crate) fn outlet(&self) -> Option<&Arc<Outlet>> {
+        match &self.end {
+            End::Stdio { outlet, .. } | End::File(outlet) => Some(outlet),
+            End::None | End::Socket { .. } => None,
         }
     }
 
     /// What to poll for input: a client's or the terminal's bytes, or the next client.
     pub(super) fn input(&self) -> Option<BorrowedFd<'_>> {
-        match self {
-            Self::None | Self::File(_) | Self::Stdio { ended: true, .. } => None,
-            Self::Stdio { .. } => Some(STDIN.as_fd()),
-            Self::Socket { client: Some(client), .. } => Some(client.as_fd()),
-            Self::Socket { listener, .. } => Some(listener.as_fd()),
+        match &self.end {
+            End::None | End::File(_) | End::Stdio { ended: true, .. } => None,
+            End::Stdio { input, .. } => Some(input.as_fd()),
+            End::Socket { client: Some(client), .. } => Some(client.as_fd()),
+            End::Socket { listener, .. } => Some(listener.as_fd()),
         }
     }
 
     /// Takes what is there once [`ConsoleHost::input`] is readable.
     pub(super) fn read(&mut self, out: &mut Vec<u8>) -> Input {
         let mut buffer = [0; 1024];
-        match self {
-            Self::None | Self::File(_) => {}
-            Self::Stdio { escape, terminal, ended } => match (&*STDIN).read(&mut buffer) {
+        match &mut self.end {
+            End::None | End::File(_) => {}
+            End::Stdio { input, escape, terminal, ended, .. } => match input.read(&mut buffer) {
                 Ok(0) => *ended = true,
                 Ok(n) if *terminal => {
                     if escape.filter(&buffer[..n], out) {
@@ -79,7 +112,7 @@ impl ConsoleHost {
                 Ok(n) => out.extend_from_slice(&buffer[..n]),
                 Err(error) => *ended = !is_transient(&error),
             },
-            Self::Socket { client, listener, .. } => match client {
+            End::Socket { client, listener, .. } => match client {
                 None => {
                     *client =
                         listener.accept().ok().and_then(|(c, _)| c.set_nonblocking(true).is_ok().then_some(c))
@@ -95,87 +128,110 @@ impl ConsoleHost {
         Input::Some
     }
 
-    /// Writes all of `output`, waiting while the host does not take it; after `stop` only for a while.
+    /// Writes all of `output`, or drops what the host does not take. Waits while a reader is slow, but not for one that has stopped.
     pub(super) fn write(&mut self, mut output: &[u8], stop: &Event) {
-        let mut deadline = None;
+        let (mut progress, mut stopping) = (Instant::now(), None);
         while !output.is_empty() {
-            let Some(fd) = self.output() else { return };
-            let timeout = deadline.map(|d: Instant| d.saturating_duration_since(Instant::now()));
-            let ready = match (poll_writable(fd, stop, timeout), timeout) {
-                (Ok(ready), _) => ready,
-                (Err(_), _) => return,
-            };
-            if !ready {
-                match deadline {
-                    // The stop event stays signalled, so from now on wait by time alone.
-                    None => deadline = Some(Instant::now() + DRAIN),
-                    Some(deadline) if Instant::now() >= deadline => return,
-                    Some(_) => std::thread::sleep(Duration::from_millis(5)),
+            match self.take(output) {
+                Taken::Bytes(taken) => {
+                    output = &output[taken..];
+                    self.stalled = false;
+                    progress = Instant::now();
                 }
-                continue;
-            }
-            match self.write_some(&output[..output.len().min(PIECE)]) {
-                Ok(n) => output = &output[n..],
-                Err(error) if is_transient(&error) => {}
-                Err(_) => return self.lose_output(),
+                Taken::Nobody => return,
+                Taken::Nothing => {
+                    let is_late = stopping.is_some_and(|since: Instant| since.elapsed() >= DRAIN);
+                    if self.stalled || is_late || progress.elapsed() >= PATIENCE {
+                        self.stalled = true;
+                        return self.lose(output.len());
+                    }
+                    self.wait(stop);
+                    if stopping.is_none() && is_signalled(stop) {
+                        stopping = Some(Instant::now());
+                    }
+                }
             }
         }
     }
 
-    fn output(&self) -> Option<BorrowedFd<'_>> {
-        match self {
-            Self::None | Self::Socket { client: None, .. } => None,
-            Self::Stdio { .. } => Some(STDOUT.as_fd()),
-            Self::File(file) => Some(file.as_fd()),
-            Self::Socket { client: Some(client), .. } => Some(client.as_fd()),
-        }
-    }
-
-    fn write_some(&mut self, output: &[u8]) -> io::Result<usize> {
-        match self {
-            Self::None => Ok(output.len()),
-            // Not through std's line buffer: a prompt has no newline.
-            Self::Stdio { .. } => (&*STDOUT).write(output),
-            Self::File(file) => file.write(output),
-            Self::Socket { client, .. } => client.as_mut().map_or(Ok(output.len()), |c| c.write(output)),
-        }
-    }
-
-    /// The target takes no more: a closed pipe, a full disk, a client that went.
-    fn lose_output(&mut self) {
-        match self {
-            Self::Socket { client, .. } => *client = None,
-            Self::File(_) | Self::Stdio { .. } => {
-                outboard_bus::warn_limited!(
-                    "the guest's console output can no longer be written and is dropped"
-                );
+    /// Takes as much of `output` as goes without waiting.
+    fn take(&mut self, output: &[u8]) -> Taken {
+        match &mut self.end {
+            End::None => Taken::Nobody,
+            End::Stdio { outlet, .. } | End::File(outlet) => match outlet.writer() {
+                None => Taken::Nobody,
+                Some(writer) => match writer.push_some(output) {
+                    0 => Taken::Nothing,
+                    taken => Taken::Bytes(taken),
+                },
+            },
+            End::Socket { client, .. } => {
+                let Some(stream) = client else { return Taken::Nobody };
+                match stream.write(output) {
+                    Ok(0) => Taken::Nothing,
+                    Ok(taken) => Taken::Bytes(taken),
+                    Err(error) if is_transient(&error) => Taken::Nothing,
+                    Err(_) => {
+                        *client = None;
+                        Taken::Nobody
+                    }
+                }
             }
-            Self::None => {}
         }
     }
+
+    /// Waits a moment for the reader.
+    fn wait(&self, stop: &Event) {
+        match &self.end {
+            End::Stdio { outlet, .. } | End::File(outlet) => {
+                if let Some(writer) = outlet.writer() {
+                    writer.wait_for_room(LOOK);
+                }
+            }
+            End::Socket { client: Some(client), .. } => {
+                if !poll_writable(client.as_fd(), stop, Some(LOOK)).unwrap_or(false) {
+                    // The stop event stays signalled, so from now on wait by time alone.
+                    std::thread::sleep(LOOK / 10);
+                }
+            }
+            End::None | End::Socket { .. } => {}
+        }
+    }
+
+    fn lose(&self, bytes: usize) {
+        match &self.end {
+            End::Stdio { outlet, .. } | End::File(outlet) => {
+                if let Some(writer) = outlet.writer() {
+                    writer.lose(bytes);
+                }
+            }
+            End::Socket { path, .. } => outboard_bus::warn_limited!(
+                "{bytes} bytes of the guest's console (socket:{}) were lost: its client does not take them",
+                path.display()
+            ),
+            End::None => {}
+        }
+    }
+}
+
+fn is_signalled(event: &Event) -> bool {
+    // What cannot be asked is taken as said: then nothing waits for long.
+    poll_readable(&[event.as_fd()], Some(Duration::ZERO)).map_or(true, |ready| ready[0])
 }
 
 impl Drop for ConsoleHost {
     fn drop(&mut self) {
-        match self {
-            Self::Stdio { .. } => terminal::restore_terminal(),
-            Self::Socket { path, .. } => {
+        if let Some(writer) = self.outlet().and_then(|outlet| outlet.writer()) {
+            writer.flush(if self.stalled { Duration::ZERO } else { DRAIN });
+        }
+        match &self.end {
+            End::Stdio { .. } => terminal::restore_terminal(),
+            End::Socket { path, .. } => {
                 let _ = std::fs::remove_file(path);
             }
-            Self::None | Self::File(_) => {}
+            End::None | End::File(_) => {}
         }
     }
-}
-
-/// Standard input and output without std's buffers and locks.
-static STDIN: std::sync::LazyLock<File> = std::sync::LazyLock::new(|| duplicate(io::stdin().as_fd()));
-static STDOUT: std::sync::LazyLock<File> = std::sync::LazyLock::new(|| duplicate(io::stdout().as_fd()));
-
-fn duplicate(fd: BorrowedFd<'_>) -> File {
-    // A process started without the descriptor reads and writes nothing instead.
-    fd.try_clone_to_owned().map(File::from).unwrap_or_else(|_| {
-        File::options().read(true).write(true).open("/dev/null").expect("every Unix has /dev/null")
-    })
 }
 
 fn is_transient(error: &io::Error) -> bool {
@@ -194,4 +250,70 @@ fn listen(path: &Path) -> io::Result<UnixListener> {
     };
     listener.set_nonblocking(true)?;
     Ok(listener)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use outboard_cli::FileTarget;
+
+    /// More than a socket's buffers take.
+    const MUCH: usize = 4 << 20;
+
+    #[test]
+    fn a_client_that_stops_reading_holds_the_guest_back_once_and_gets_what_comes_later() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("console");
+        let mut host = ConsoleHost::open(&ConsoleTarget::Socket(path.clone())).unwrap();
+        let mut client = UnixStream::connect(&path).unwrap();
+        host.read(&mut Vec::new());
+        let stop = Event::new().unwrap();
+        host.write(&vec![b'x'; MUCH], &stop);
+        assert!(host.stalled, "4 MiB fit into no socket");
+        let start = Instant::now();
+        for _ in 0..100 {
+            host.write(&[b'x'; 4096], &stop);
+        }
+        // A hundred times the patience would be 100 s.
+        assert!(start.elapsed() < Duration::from_secs(50));
+        client.set_nonblocking(true).unwrap();
+        let mut buffer = vec![0; MUCH];
+        while client.read(&mut buffer).is_ok() {}
+        host.write(b"and on", &stop);
+        client.set_nonblocking(false).unwrap();
+        client.read_exact(&mut buffer[..6]).unwrap();
+        assert_eq!(&buffer[..6], b"and on");
+    }
+
+    #[test]
+    fn a_file_is_emptied_when_the_guest_begins_and_not_before() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("console.log");
+        std::fs::write(&path, "what the last guest said").unwrap();
+        let target = ConsoleTarget::File(FileTarget { path: path.clone(), limit: None });
+        drop(ConsoleHost::open(&target).unwrap());
+        assert_eq!(std::fs::read(&path).unwrap(), b"what the last guest said");
+        let mut host = ConsoleHost::open(&target).unwrap();
+        host.outlet().unwrap().begin().unwrap();
+        host.outlet().unwrap().begin().unwrap();
+        host.write(b"new", &Event::new().unwrap());
+        drop(host);
+        assert_eq!(std::fs::read(&path).unwrap(), b"new");
+    }
+
+    /// Where `/dev/full` is, it stands for any disk that is full.
+    #[test]
+    fn a_full_disk_does_not_hold_the_guest_back() {
+        if !Path::new("/dev/full").exists() {
+            return;
+        }
+        let target = ConsoleTarget::File(FileTarget { path: "/dev/full".into(), limit: None });
+        let mut host = ConsoleHost::open(&target).unwrap();
+        host.outlet().unwrap().begin().unwrap();
+        let stop = Event::new().unwrap();
+        for _ in 0..1000 {
+            host.write(&[b'x'; 4096], &stop);
+        }
+        assert!(!host.stalled);
+    }
 }

@@ -2,15 +2,18 @@
 
 mod escape;
 mod host;
+mod outlet;
 mod panic_watch;
 mod pump;
 mod virtio;
 
 pub(crate) use host::ConsoleHost;
+pub(crate) use outlet::Outlet;
 pub(crate) use panic_watch::PanicWatch;
 pub(crate) use pump::ConsolePump;
 pub(crate) use virtio::VirtioEnd;
 
+use outboard_cli::FileTarget;
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -22,8 +25,8 @@ pub enum ConsoleTarget {
     None,
     /// This process's standard input and output.
     Stdio,
-    /// A file that takes the output, emptied first; there is no input.
-    File(PathBuf),
+    /// A file that takes the output, emptied first and kept to a size; there is no input.
+    File(FileTarget),
     /// A Unix socket that takes one client at a time; output is dropped while there is none.
     Socket(PathBuf),
 }
@@ -35,9 +38,9 @@ impl FromStr for ConsoleTarget {
         match text.split_once(':') {
             None if text == "stdio" => Ok(Self::Stdio),
             None if text == "none" => Ok(Self::None),
-            Some(("file", path)) if !path.is_empty() => Ok(Self::File(path.into())),
+            Some(("file", file)) => file.parse().map(Self::File),
             Some(("socket", path)) if !path.is_empty() => Ok(Self::Socket(path.into())),
-            _ => Err(format!("'{text}' is not one of stdio, none, file:PATH, socket:PATH")),
+            _ => Err(format!("'{text}' is not one of stdio, none, file:PATH[,limit=SIZE|off], socket:PATH")),
         }
     }
 }
@@ -47,7 +50,7 @@ impl fmt::Display for ConsoleTarget {
         match self {
             Self::None => f.write_str("none"),
             Self::Stdio => f.write_str("stdio"),
-            Self::File(path) => write!(f, "file:{}", path.display()),
+            Self::File(file) => write!(f, "file:{file}"),
             Self::Socket(path) => write!(f, "socket:{}", path.display()),
         }
     }
@@ -59,10 +62,10 @@ mod tests {
 
     #[test]
     fn targets_read_back_as_they_are_written() {
-        for text in ["stdio", "none", "file:/tmp/con", "socket:a b:c"] {
+        for text in ["stdio", "none", "file:/tmp/con", "file:a,limit=128K", "socket:a b:c"] {
             assert_eq!(text.parse::<ConsoleTarget>().unwrap().to_string(), text);
         }
-        for text in ["", "tty", "file:", "socket:", "stdio:x"] {
+        for text in ["", "tty", "file:", "file:a,limit=512iB", "socket:", "stdio:x"] {
             assert!(text.parse::<ConsoleTarget>().is_err(), "{text}");
         }
     }
