@@ -65,8 +65,8 @@ fn mistakes(host: &Host, taken: u16) -> Result<Vec<Mistake>> {
         mistake("kernel-x86", &["--kernel", &path("bzImage")], &["bzImage", "x86", "arm64"]),
         mistake("zboot-corrupt", &["--kernel", &zboot], &["corrupt", "again"]),
         mistake("initrd-too-large", &["--initrd", &path("large")], &["initrd", "more --memory"]),
-        mistake("cpus-0", &["--cpus", "0"], &["--cpus", "from 1 to"]),
-        mistake("cpus-1000", &["--cpus", "1000"], &["1000", "from 1 to"]),
+        usage("cpus-0", &["--cpus", "0"], &["--cpus", "from 1 to"]),
+        usage("cpus-1000", &["--cpus", "1000"], &["1000", "from 1 to"]),
         mistake("memory-beyond-addresses", &["--memory", "8T"], &["smaller --memory"]),
         mistake("memory-beyond-host", &["--memory", "64G"], &["host", "smaller --memory"]),
         mistake("disk-missing", &["--disk", &path("none.raw")], &["none.raw", "check the path"]),
@@ -74,12 +74,12 @@ fn mistakes(host: &Host, taken: u16) -> Result<Vec<Mistake>> {
         mistake("disk-not-writable", &["--disk", &frozen], &["read-only", ":ro"]),
         mistake("qcow2-backing-missing", &["--disk", &path("orphan.qcow2")], &["backing", "rebase"]),
         mistake("qcow2-backing-cyclic", &["--disk", &path("a.qcow2")], &["backing", "rebase"]),
-        mistake(
+        usage(
             "device-twice",
             &["--device", "simulated:rtx5090", "--device", "simulated:rtx5090"],
             &["is given twice", "leave one --device out"],
         ),
-        mistake(
+        usage(
             "device-and-its-function",
             &["--device", "77:00", "--device", "77:00.1"],
             &["0000:77:00.1 is given twice", "leave one --device out"],

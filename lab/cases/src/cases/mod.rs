@@ -12,6 +12,7 @@ mod dma_device;
 mod host_pci;
 mod hypervisor;
 mod net;
+mod outputs;
 mod passthrough;
 mod power;
 mod quirks;
@@ -29,6 +30,7 @@ pub(crate) fn table() -> Vec<Case> {
         boot::cases(),
         power::cases(),
         terminal::cases(),
+        outputs::cases(),
         devices::cases(),
         disk::cases(),
         net::cases(),

@@ -66,7 +66,7 @@ fn sigterm(host: &Host) -> Result<()> {
     ensure_end(&mut vm, STOPPED_HARD)
 }
 
-/// A machine that cannot be built: that the initrd does not fit shows when the terminal is raw already.
+/// A machine that cannot be built.
 fn failure(host: &Host) -> Result<()> {
     let mut spec = host.guest(Kernel::V6_12).memory_mib(256).terminal();
     spec.initrd = host.raw_image("large", 300)?;
