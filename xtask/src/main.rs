@@ -1,5 +1,7 @@
 //! Automation of this workspace: `cargo xtask --help`.
 
+#![allow(clippy::print_stdout, clippy::print_stderr)] // A developer's tool: nothing runs on after its output has failed.
+
 mod arm64;
 mod bench;
 mod debian;

@@ -1,5 +1,7 @@
 //! `outboard fit` by itself, for trying policies without building the whole program.
 
+#![allow(clippy::print_stdout, clippy::print_stderr)] // A developer's tool: nothing runs on after its output has failed.
+
 use std::process::ExitCode;
 
 use clap::Parser;

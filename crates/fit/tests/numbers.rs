@@ -3,6 +3,8 @@
 //! Recorded traces lie beside the repository, in `../shared/data/dma-traces`; where they are absent the tests say so and
 //! check nothing. `OUTBOARD_FIT_SWEEP=1` (with --release) also tries variants of the traces and of the constants.
 
+#![allow(clippy::print_stdout)] // Figures, for whoever runs it with --nocapture.
+
 use std::path::PathBuf;
 
 use outboard_fit::generate::Random;

@@ -7,6 +7,7 @@ use crate::passthrough::{Connections, GuestSlot, HostSlot, Place};
 use crate::status::Board;
 use crate::{Error, MachineSpec};
 use outboard_bus::Event;
+use outboard_cli::Chain;
 use outboard_companion::Companion;
 use outboard_control::Answer;
 use outboard_host_pci::Selection;
@@ -76,7 +77,7 @@ impl Slots {
                 if !slots.board.booted() {
                     return Err(error);
                 }
-                tracing::error!("{} is not in the guest any more: {error}", device.selection());
+                tracing::error!("{} is not in the guest any more: {}", device.selection(), Chain(&error));
                 slots.board.not_back(index, &error);
                 *slot = None;
             }

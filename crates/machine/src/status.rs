@@ -2,6 +2,7 @@
 
 use crate::MachineSpec;
 use outboard_bus::MmioBus;
+use outboard_cli::Chain;
 use outboard_companion::Companion;
 use outboard_control::{
     Counters, DeviceFunction, Disk, DmaCounters, GuestState, Name, Network, Slot, SlotState, VmStatus,
@@ -148,7 +149,8 @@ impl Board {
 
     /// The device in slot `index` could not be had again after a reboot.
     pub(crate) fn not_back(&self, index: usize, error: &crate::Error) {
-        self.slot(index, |slot| (slot.state, slot.why) = (SlotState::Broken, Some(error.to_string())));
+        let why = Chain(error).to_string();
+        self.slot(index, |slot| (slot.state, slot.why) = (SlotState::Broken, Some(why)));
     }
 
     /// Whether a function of `selection` is in a slot now.

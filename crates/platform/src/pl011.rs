@@ -2,7 +2,7 @@
 //!
 //! The vCPU only moves bytes between registers and two bounded queues; a console thread of the machine empties and fills
 //! them through [`Pl011::take_output`] and [`Pl011::receive`], woken by [`Pl011::wake`]. A host that does not
-//! take the output makes the transmit FIFO full, which the guest's driver waits for; nothing is lost.
+//! take the output makes the transmit FIFO full, which the guest's driver waits for; who empties it decides for how long.
 
 use crate::primecell;
 use outboard_bus::{AccessError, Event, IrqLine, MmioDevice, Width};

@@ -2,6 +2,8 @@
 //!
 //! Exit status: 0 if nothing failed, 1 if something did, 2 if the suite could not run.
 
+#![allow(clippy::print_stdout, clippy::print_stderr)] // A developer's tool: nothing runs on after its output has failed.
+
 use outboard_hypervisor::conformance::{self, Case, Verdict};
 use serde_json::json;
 use std::process::ExitCode;

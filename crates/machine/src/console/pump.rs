@@ -2,11 +2,15 @@ use super::host::{ConsoleHost, Input};
 use super::panic_watch::{Line, PanicWatch};
 use crate::Error;
 use crate::run::{EventSender, MachineEvent};
-use outboard_bus::{Event, poll_readable};
+use outboard_bus::{Event, poll_readable, warn_limited};
 use outboard_platform::Pl011;
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// Time between two looks at a console that cannot be waited for.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// The thread that carries bytes between a UART and the host. Dropping it lets out what the guest has printed, then ends it.
 pub(crate) struct ConsolePump {
@@ -64,7 +68,12 @@ impl Pump {
             fds.extend(host.input().filter(|_| self.for_guest.is_empty()));
             let ready = match poll_readable(&fds, None) {
                 Ok(ready) => ready,
-                Err(error) => return tracing::error!("waiting for console input: {error}"),
+                Err(error) => {
+                    // A host without memory, say. A guest whose console nobody empties any more would stand still.
+                    warn_limited!("waiting for the console: {error}; looking every {} ms", LOOK.as_millis());
+                    std::thread::sleep(LOOK);
+                    vec![stop.take()]
+                }
             };
             self.uart.wake().take();
             self.print(host, stop);
