@@ -46,8 +46,8 @@ fn wait_writable(file: &File) -> io::Result<()> {
     }
 }
 
-/// Lets this thread write to a terminal from the background, where the terminal is set to stop those that do (`stty tostop`).
-pub(crate) fn block_terminal_stop() {
+/// Lets this thread write to a terminal from the background, where the terminal is set to stop those that do (`stty tostop`), and change its settings.
+pub fn survive_background() {
     // SAFETY: sigset_t is plain data that sigemptyset fills.
     unsafe {
         let mut set: libc::sigset_t = std::mem::zeroed();

@@ -12,6 +12,7 @@ mod size;
 mod stdout;
 
 pub use chain::Chain;
+pub use descriptor::survive_background;
 pub use file::{Begin, FileTarget, RotatingFile, replace_file};
 pub use queue::{Kind, Writer};
 pub use said::{LogLine, flush, has_log_file, log_to, say_text, survive_signals};

@@ -1,7 +1,7 @@
 //! A bounded queue in front of something that may take its time, and the thread that takes it.
 
 use crate::RotatingFile;
-use crate::descriptor::{block_terminal_stop, write_all};
+use crate::descriptor::{survive_background, write_all};
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
@@ -176,7 +176,7 @@ fn lose(shared: &Shared, state: &mut State, count: u64, why: &str) {
 
 /// The thread: writes what is in the queue, until it is closed and empty.
 fn empty(shared: &Shared, mut target: Target) {
-    block_terminal_stop();
+    survive_background();
     let (mut reported, mut is_cut) = (None, false);
     loop {
         let Some(piece) = next(shared) else { return };

@@ -45,6 +45,8 @@ pub(crate) fn make_raw() -> io::Result<()> {
 /// Gives the terminal back as it was; does nothing if it is not raw. Called at every way out of the process.
 pub fn restore_terminal() {
     if let Some(saved) = SAVED.lock().unwrap_or_else(|e| e.into_inner()).take() {
+        // In the background the terminal would stop who does this, and with it a process that is to end.
+        outboard_cli::survive_background();
         // SAFETY: `saved` came from tcgetattr.
         unsafe { libc::tcsetattr(io::stdin().as_raw_fd(), libc::TCSANOW, &saved) };
     }
