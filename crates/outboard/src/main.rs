@@ -7,7 +7,7 @@ mod run;
 
 use clap::{Parser, Subcommand};
 use std::error::Error;
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -50,12 +50,27 @@ const EXIT_STATUS: &str = "Exit status:
   4  the machine was stopped hard: Ctrl-A x, a second SIGTERM, or no answer to the power key";
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
     outboard_cli::survive_signals();
-    let status = start(cli);
+    let status = match Cli::try_parse() {
+        Ok(cli) => start(cli),
+        Err(error) => explain(&error),
+    };
     outboard_machine::restore_terminal();
     outboard_cli::flush(LAST_WORDS);
     status
+}
+
+/// Help, the version, or what is wrong with the command line.
+fn explain(error: &clap::Error) -> ExitCode {
+    let text = error.render();
+    let is_terminal =
+        if error.use_stderr() { std::io::stderr().is_terminal() } else { std::io::stdout().is_terminal() };
+    let text = if is_terminal { text.ansi().to_string() } else { text.to_string() };
+    if !error.use_stderr() {
+        return print(&text, true);
+    }
+    outboard_cli::say!("{}", text.trim_end());
+    ExitCode::from(EXIT_USAGE)
 }
 
 fn start(cli: Cli) -> ExitCode {

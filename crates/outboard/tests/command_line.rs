@@ -205,6 +205,10 @@ fn messages_that_cannot_be_written_change_no_status() {
         let mut child = command.stdout(Stdio::null()).stderr(stderr).spawn().unwrap();
         assert_eq!(wait(&mut child).code(), Some(CANNOT));
     }
+    if let Some(disk) = full() {
+        let mut child = place.outboard().arg("nonsense").stdout(Stdio::null()).stderr(disk).spawn().unwrap();
+        assert_eq!(wait(&mut child).code(), Some(USAGE));
+    }
     // Closed altogether.
     let shell = format!("exec {} run --kernel missing 2>&-", env!("CARGO_BIN_EXE_outboard"));
     let mut child = Command::new("sh").args(["-c", &shell]).spawn().unwrap();
@@ -215,13 +219,19 @@ fn messages_that_cannot_be_written_change_no_status() {
 fn a_reader_of_messages_that_stops_keeps_nothing_from_ending() {
     let place = Place::new();
     let (reader, mut writer) = std::io::pipe().unwrap();
-    let mut command = place.outboard();
-    command.args(["run", "--log-level=trace", "--kernel", "missing"]);
-    let child = command.stdout(Stdio::null()).stderr(writer.try_clone().unwrap()).spawn();
-    // Full, and nobody reads. The program shares the pipe, so that a fresh one would have been filled just the same.
+    let pipe = writer.try_clone().unwrap();
+    // Ends only when the reader goes: the pipe is full from here on.
     let filler = std::thread::spawn(move || writer.write_all(&[b'x'; 1 << 20]));
-    assert_eq!(wait(&mut child.unwrap()).code(), Some(CANNOT));
-    drop(reader);
+    std::thread::sleep(Duration::from_millis(500));
+    for (args, status) in
+        [(&["run", "--log-level=trace", "--kernel", "missing"][..], CANNOT), (&["nonsense"], USAGE)]
+    {
+        let mut command = place.outboard();
+        let stderr = pipe.try_clone().unwrap();
+        let mut child = command.args(args).stdout(Stdio::null()).stderr(stderr).spawn().unwrap();
+        assert_eq!(wait(&mut child).code(), Some(status));
+    }
+    drop((reader, pipe));
     let _ = filler.join();
 }
 
