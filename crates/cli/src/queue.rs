@@ -54,9 +54,17 @@ struct State {
     /// The thread has taken a piece that it has not written yet.
     is_writing: bool,
     closed: bool,
+    /// Pieces that were written or lost; wraps.
+    done: u64,
     /// Messages or bytes that were lost and not reported.
     lost: u64,
     why: Option<String>,
+}
+
+impl State {
+    fn is_idle(&self) -> bool {
+        self.queue.is_empty() && !self.is_writing
+    }
 }
 
 impl Shared {
@@ -139,9 +147,20 @@ impl Writer {
         self.wait(limit, |state| state.size < self.shared.limit)
     }
 
-    /// Waits until everything is written or lost, at most for `limit`.
+    /// Waits until everything is written or lost. True if that is so; false if nothing came of it for `limit`, or not all for ten times as long.
     pub fn flush(&self, limit: Duration) -> bool {
-        self.wait(limit, |state| state.queue.is_empty() && !state.is_writing)
+        let start = Instant::now();
+        loop {
+            let before = self.shared.lock().done;
+            if self.wait(limit, |state| state.is_idle() || state.done != before)
+                && self.shared.lock().is_idle()
+            {
+                return true;
+            }
+            if self.shared.lock().done == before || start.elapsed() > limit.saturating_mul(10) {
+                return false;
+            }
+        }
     }
 
     fn wait(&self, limit: Duration, is_done: impl Fn(&State) -> bool) -> bool {
@@ -189,6 +208,7 @@ fn empty(shared: &Shared, mut target: Target) {
         is_cut = result.is_err() && (done > 0 || is_cut);
         let mut state = shared.lock();
         state.is_writing = false;
+        state.done = state.done.wrapping_add(1);
         match result {
             Err(error) => {
                 let lost = shared.count(&piece);
