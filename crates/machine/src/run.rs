@@ -57,6 +57,12 @@ pub(crate) enum MachineEvent {
 pub(crate) struct EventSender(Sender<MachineEvent>);
 
 impl EventSender {
+    /// To nobody.
+    #[cfg(test)]
+    pub(crate) fn nowhere() -> Self {
+        Self(channel().0)
+    }
+
     pub(crate) fn send(&self, event: MachineEvent) {
         let _ = self.0.send(event);
     }

@@ -9,7 +9,7 @@ use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, OnceLock};
 
 /// Bytes that may wait for the host.
-const LIMIT: usize = 256 << 10;
+const LIMIT: usize = 64 << 10;
 
 /// Standard output or a file, open. Until [`Outlet::begin`] nothing of it has changed: a machine that cannot start leaves files and terminal as they were.
 #[derive(Debug)]

@@ -98,3 +98,55 @@ impl Pump {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ConsoleTarget;
+    use outboard_bus::{IrqLine, MmioDevice, Width};
+    use outboard_cli::FileTarget;
+    use std::fs::File;
+    use std::os::unix::fs::OpenOptionsExt;
+    use std::time::Instant;
+
+    /// Data and flag register, and the flag that the transmit FIFO is full (Arm DDI 0183, 3.3).
+    const DR: u64 = 0x00;
+    const FR: u64 = 0x18;
+    const FR_TXFF: u64 = 1 << 5;
+    /// Only a guest that is stopped for good takes as long.
+    const LIMIT: Duration = Duration::from_secs(60);
+
+    struct NoLine;
+
+    impl IrqLine for NoLine {
+        fn set(&self, _: bool) {}
+    }
+
+    /// A kernel that prints waits for its UART with interrupts off: what holds that up for ever stops a vCPU.
+    #[test]
+    fn a_console_that_nobody_reads_stops_neither_the_guest_nor_the_machine() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("pipe");
+        assert!(std::process::Command::new("mkfifo").arg(&path).status().unwrap().success());
+        let mut options = File::options();
+        let _reader = options.read(true).custom_flags(libc::O_NONBLOCK).open(&path).unwrap();
+        let target = ConsoleTarget::File(FileTarget { path, limit: None });
+        let host = ConsoleHost::open(&target).unwrap();
+        host.outlet().unwrap().begin().unwrap();
+        let host = Arc::new(Mutex::new(host));
+        let uart = Arc::new(Pl011::new(Arc::new(NoLine)).unwrap());
+        let events = EventSender::nowhere();
+        let pump = ConsolePump::start(uart.clone(), host.clone(), Arc::default(), events).unwrap();
+        let start = Instant::now();
+        for _ in 0..1 << 20 {
+            while uart.read(FR, Width::B4).unwrap() & FR_TXFF != 0 {
+                assert!(start.elapsed() < LIMIT, "the guest waits for its console");
+                std::thread::yield_now();
+            }
+            uart.write(DR, Width::B4, b'x'.into()).unwrap();
+        }
+        drop(pump);
+        drop(host);
+        assert!(start.elapsed() < LIMIT);
+    }
+}
