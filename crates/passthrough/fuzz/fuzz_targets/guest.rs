@@ -12,7 +12,11 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 const ECAM: u64 = 0x40_0000_0000;
-const WINDOWS: Windows = Windows { mmio32: 0x2000_0000..0x4000_0000, mmio64: 0x80_0000_0000..0x90_0000_0000, io: 0x0f00_0000..0x0f10_0000 };
+const WINDOWS: Windows = Windows {
+    mmio32: 0x2000_0000..0x4000_0000,
+    mmio64: 0x80_0000_0000..0x90_0000_0000,
+    io: 0x0f00_0000..0x0f10_0000,
+};
 const DOORBELL: u64 = 0x0802_0040;
 /// PMCSR of both models: waking takes ten milliseconds, so sleeping is left to the tests.
 const POWER: std::ops::Range<u64> = 0x40..0x48;
@@ -133,19 +137,25 @@ impl Machine {
         let port = ECAM + (1 << 15);
         for (at, value) in [
             (0x18, 0x0001_0100),
+            (0x1c, 0xf010),
             (0x20, 0x3ff0_2000),
             (0x24, 0xfff1_0001),
             (0x28, 0x80),
             (0x2c, 0x8f),
-            (4, 6),
+            (4, 7),
         ] {
             self.bus.write(port + at, Width::B4, value);
         }
-        self.config_write(4, Width::B2, 6);
+        self.config_write(4, Width::B2, 7);
     }
 
     fn step(&self, step: &Step) {
-        let base = |high: bool| if high { WINDOWS.mmio64.start } else { WINDOWS.mmio32.start };
+        // The highest addresses of either window stand for I/O ports.
+        let place = |high: bool, at: u32| match (high, at >> 28) {
+            (_, 0xf) => WINDOWS.io.start + u64::from(at & 0xf_ffff),
+            (true, _) => WINDOWS.mmio64.start + u64::from(at),
+            (false, _) => WINDOWS.mmio32.start + u64::from(at),
+        };
         match *step {
             Step::ConfigRead { at, width: w } => {
                 self.bus.read(ECAM + (1 << 20) + u64::from(at % 4096), width(w));
@@ -162,10 +172,10 @@ impl Machine {
                 self.config_write(register + 4, Width::B4, 0x80 + u64::from(high % 16));
             }
             Step::Read { high, at, width: w } => {
-                self.bus.read(base(high) + u64::from(at), width(w));
+                self.bus.read(place(high, at), width(w));
             }
             Step::Write { high, at, width: w, value } => {
-                self.bus.write(base(high) + u64::from(at), width(w), value);
+                self.bus.write(place(high, at), width(w), value);
             }
             Step::Fire(vector) => {
                 self.device.fire(vector);

@@ -90,3 +90,17 @@ fn b8_a_guest_that_reboots_with_a_malformed_device_does_not_fill_the_log() {
     let count = logged(|| (0..TIMES).for_each(|_| drop(Function::new(host.clone(), rig.wiring()).unwrap())));
     assert!((1..=MOST).contains(&count), "{count} messages");
 }
+
+#[test]
+fn io_ports_that_the_guest_does_not_get_are_warned_of_at_the_start() {
+    use outboard_host_pci::IoPorts;
+    use outboard_host_pci::simulated::{SimulatedDevice, SimulatedDomain, endpoint};
+    let rig = Rig::new();
+    let start = |ports| {
+        let device = SimulatedDevice::new(super::device::ADDRESS, endpoint().io_ports(ports)).unwrap();
+        let host = Arc::new(device.open(&SimulatedDomain::new()).unwrap());
+        logged(|| drop(Function::new(host, rig.wiring()).unwrap()))
+    };
+    assert_eq!(start(IoPorts::Reachable), 1, "nothing but the test's own");
+    assert_eq!((start(IoPorts::Absent), start(IoPorts::Unassigned)), (2, 2));
+}

@@ -311,6 +311,27 @@ fn c7_a_reset_that_fails_ends_the_slot_and_not_the_machine() {
     }
 }
 
+/// What a host makes of an uncorrectable error (VFIO's error event) and of downstream port containment (the link is down): the device is
+/// taken from the guest, which goes on; another one can be opened in its place.
+#[test]
+fn c8_an_uncorrectable_error_or_a_contained_link_takes_the_slot_and_not_the_machine() {
+    let events: [fn(&SimulatedDevice); 2] = [SimulatedDevice::request_removal, SimulatedDevice::remove];
+    for event in events {
+        let machine = Machine::new(vec![endpoint()], true);
+        machine.place();
+        machine.use_msix(2);
+        event(&machine.devices[0]);
+        let vacated = machine.vacated.recv_timeout(Duration::from_secs(60));
+        assert!(matches!(vacated, Ok(Vacated::Lost(_))), "{vacated:?}");
+        assert_eq!((machine.read(0, 0), machine.bus.read(0x2000_0000, Width::B4)), (u32::MAX, 0xffff_ffff));
+        assert_eq!(machine.mapper.ranges(), []);
+        assert!(!machine.devices[0].fire(2) && machine.binder.bound().is_empty());
+        assert_eq!(machine.domain.stray_accesses(), 0);
+        let port = machine.bus.read(ECAM + (1 << 15) + 0x40 + 0x12, Width::B2);
+        assert_eq!(port & 1 << 13, 0, "the guest sees the link down");
+    }
+}
+
 #[test]
 fn a_device_that_cannot_be_reset_is_used_all_the_same() {
     let machine = Machine::new(vec![endpoint()], false);

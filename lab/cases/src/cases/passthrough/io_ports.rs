@@ -13,7 +13,7 @@ use std::time::Duration;
 
 /// The card's I/O BAR (82540EM: an address and a data register).
 const CARD_BAR: u32 = 1;
-/// The SATA controller's BARs: its index and data registers in I/O space at these offsets (Intel ICH9, 14.1.17), its registers in memory.
+/// The SATA controller's BARs: its index and data registers in I/O space at these offsets (QEMU's ich9-ahci), its registers in memory.
 const INDEX_BAR: u32 = 4;
 const INDEX: u64 = 0x10;
 const DATA: u64 = 0x14;
