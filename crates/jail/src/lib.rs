@@ -46,7 +46,8 @@ impl Error {
 
 /// Confines the calling thread, which is the main one, and all that are started from here on, as `policy` says. What is open stays open.
 ///
-/// Threads that run already are confined by a filter that holds for the whole process; the rest they do themselves, with [`confine`].
+/// Threads that run already are confined by a filter that holds for the whole process, those from [`spawn`] also by the rules for files; the filter
+/// of their kind they take on themselves, with [`confine`].
 ///
 /// # Errors
 /// [`Error`] if the host has what it takes and refuses all the same. What it does not have is left out, and said in the answer.

@@ -27,7 +27,8 @@ impl Memory {
     pub(super) fn new(len: u64) -> io::Result<Self> {
         let mapped = len.checked_add(GRANULE).and_then(|n| usize::try_from(n).ok());
         let mapped = mapped.ok_or(io::ErrorKind::OutOfMemory)?;
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANON | libc::MAP_NORESERVE;
+        // Shared, with nobody: a BAR of any size is no private memory of the process, which has a limit on that (crates/jail).
+        let flags = libc::MAP_SHARED | libc::MAP_ANON | libc::MAP_NORESERVE;
         let access = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: a fresh mapping at an address of the kernel's choice.
         let mapping = unsafe { libc::mmap(std::ptr::null_mut(), mapped, access, flags, -1, 0) };

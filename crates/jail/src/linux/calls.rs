@@ -87,7 +87,8 @@ pub(super) fn of(kind: ThreadKind, who: Who) -> Vec<Call> {
             calls.extend(looking());
             calls.extend(files());
             calls.extend(calls![SYS_accept4]);
-            ioctls.extend([SOCKETS, VFIO_OPEN, VFIO_DEVICE, VFIO_DOMAIN]);
+            // An added device presses the attention button of its slot, which is an interrupt.
+            ioctls.extend([SOCKETS, VFIO_OPEN, VFIO_DEVICE, VFIO_DOMAIN, KVM_EVENTS]);
         }
         ThreadKind::Vcpu => {
             calls.extend(files());

@@ -3,6 +3,7 @@
 #![allow(unsafe_code)] // UNSAFETY: signal handler, fork(2), and system calls without wrappers.
 
 mod calls;
+mod early;
 mod files;
 mod filter;
 mod keeper;
@@ -20,7 +21,7 @@ use landlock::RulesetCreated;
 use spawner::Spawner;
 use std::cell::Cell;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::OnceLock;
 use std::thread::JoinHandle;
@@ -68,6 +69,9 @@ pub(crate) fn enter(policy: &Policy) -> Result<Confinement, Error> {
             seccompiler::apply_filter_all_threads(&filter)
                 .map_err(|error| Error::new("seccomp for the whole process", error))?;
         }
+    }
+    if let Some(rules) = &rules {
+        early::bind(rules.as_fd())?;
     }
     let spawner = Spawner::start().map_err(|source| Error::new("starting a thread", source))?;
     let jail = Jail { mode: policy.mode, seccomp, rules, keeper, spawner };
@@ -122,17 +126,26 @@ pub(crate) fn spawn<T: Send + 'static>(
     body: impl FnOnce() -> T + Send + 'static,
 ) -> io::Result<JoinHandle<T>> {
     let jail = JAIL.get();
-    let bound = jail.is_some();
+    let is_early = jail.is_none();
+    let (listed, is_listed) = std::sync::mpsc::channel();
     let start = move || {
         std::thread::Builder::new().name(name).spawn(move || {
-            BOUND.set(bound);
+            BOUND.set(!is_early);
+            let _listed = is_early.then(early::Listed::new);
+            // Nobody may wait any more.
+            let _ = listed.send(());
             confine(kind);
             body()
         })
     };
     match jail {
         Some(jail) => jail.spawner.run(start),
-        None => start(),
+        None => {
+            let thread = start()?;
+            // `enter` must find it. It has ended already where this fails.
+            let _ = is_listed.recv();
+            Ok(thread)
+        }
     }
 }
 

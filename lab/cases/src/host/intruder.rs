@@ -18,7 +18,7 @@ const REGISTERS: usize = 1;
 /// x8 has the number of the call (Linux, arm64).
 const NUMBER: usize = 8;
 /// Below the stack of a thread that stands in a system call nothing is in use; the signal handler's frame would be, but comes later.
-const SCRATCH_BELOW: u64 = 64 << 10;
+const SCRATCH_BELOW: u64 = 16 << 10;
 
 /// What became of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
