@@ -147,9 +147,15 @@ mod tests {
     fn the_list_has_every_driver_of_a_pci_or_virtio_device_once() {
         let root = folder("list-drivers");
         for (kernel, aliases) in [
-            ("6.1", "# made by depmod\nalias pci:v00008086d* e1000e\nalias pci:v*d*sv*sd*bc01sc08i02* nvme\nalias usb:v1d6b* usbtest\n"),
-            ("6.12", "alias pci:v000010DEd* nvidia\nalias pci:v000010DEe* nvidia\nalias virtio:d00000001v* virtio_net\n\
-              alias pci:v1234d0BD0* outboard_dma\nalias pci:v1af4d* e1000e\n"),
+            (
+                "6.1",
+                "# made by depmod\nalias pci:v00008086d* e1000e\nalias pci:v*d*sv*sd*bc01sc08i02* nvme\nalias usb:v1d6b* usbtest\n",
+            ),
+            (
+                "6.12",
+                "alias pci:v000010DEd* nvidia\nalias pci:v000010DEe* nvidia\nalias virtio:d00000001v* virtio_net\n\
+              alias pci:v1234d0BD0* outboard_dma\nalias pci:v1af4d* e1000e\n",
+            ),
         ] {
             fs::create_dir_all(root.join(kernel)).expect("a folder");
             fs::write(root.join(kernel).join("modules.alias"), aliases).expect("written");
@@ -157,12 +163,14 @@ mod tests {
         // Twice: the second time nothing changes.
         let file = root.join("drivers.conf");
         for _ in 0..2 {
-            let output = script("renew-drivers").arg(&file).env("MODULES_ROOT", &root).output().expect("sh runs");
+            let output =
+                script("renew-drivers").arg(&file).env("MODULES_ROOT", &root).output().expect("sh runs");
             assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         }
         let text = fs::read_to_string(&file).expect("it is made");
         let lines: Vec<&str> = text.lines().filter(|line| !line.starts_with('#')).collect();
-        let expected = ["e1000e", "nvidia", "nvme", "virtio_net"].map(|name| format!("softdep {name} pre: outboard_dma"));
+        let expected = ["e1000e", "nvidia", "nvme", "virtio_net"]
+            .map(|name| format!("softdep {name} pre: outboard_dma"));
         assert_eq!(lines, expected);
         fs::remove_dir_all(&root).expect("removed");
     }
@@ -191,7 +199,8 @@ mod tests {
         put(&format!("bus/pci/devices/{disk}/nvme/nvme0/block/nvme0n1/size"), "8");
         put("proc/mounts", "/dev/nvme0n1 /mnt ext4 rw 0 0\n");
         put("proc/swaps", "");
-        let output = script("rebind").env("SYSFS", &root).env("PROC", root.join("proc")).output().expect("sh runs");
+        let output =
+            script("rebind").env("SYSFS", &root).env("PROC", root.join("proc")).output().expect("sh runs");
         assert!(output.status.success());
         let read = |path: String| fs::read_to_string(root.join(path)).expect("it is there").trim().to_owned();
         assert_eq!(read(format!("bus/pci/devices/{net}/driver/unbind")), net);

@@ -93,7 +93,11 @@ fn the_device_reaches_what_was_mapped_and_only_from_the_first_success_on() {
     let address = RAM.start + 3 * PAGE - 0x1000;
     let (status, responses) = driver.map(&[(address, 0x3000)]);
     assert_eq!((status, responses[0].len, responses[0].bus % PAGE), (OK, 0x3000, PAGE - 0x1000));
-    assert_eq!(*rig.slot.log.lock().unwrap(), ["held", "first allowed"], "no neighbour of the managed function");
+    assert_eq!(
+        *rig.slot.log.lock().unwrap(),
+        ["held", "first allowed"],
+        "no neighbour of the managed function"
+    );
     assert!(rig.dma(responses[0].bus + 0x2ff8));
     assert_eq!(rig.ram.read_obj::<u8>(GuestAddress(address + 0x2fff)).unwrap(), 0x5a);
     assert_eq!(rig.domain.mapped(), (1, 2 * PAGE));

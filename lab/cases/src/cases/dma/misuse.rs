@@ -119,7 +119,10 @@ fn refused(guest: &Guest, slot: &Slot) -> Result<()> {
     ensure!(unserved()? == format!("{} {STRESS}", slot.second.address), "not served: {}", unserved()?);
     fs::write(slot.first.folder().join("driver_override"), STRESS)?;
     let place = Path::new("/sys/bus/pci/drivers").join(STRESS).join("bind");
-    ensure!(fs::write(&place, &slot.first.address).is_err(), "a driver that is not served could begin with DMA");
+    ensure!(
+        fs::write(&place, &slot.first.address).is_err(),
+        "a driver that is not served could begin with DMA"
+    );
     ensure!(said("no DMA for its driver, which will fail: another function")?, "nothing is said of it");
     slot.second.unbind()?;
     // Behind the failed probe and the driver from before both work.
@@ -140,7 +143,10 @@ fn picked_up(_: &Guest, slot: &Slot) -> Result<()> {
     stress(true)?;
     bind(&slot.first, STRESS)?;
     module()?;
-    ensure!(said("served from now on: its driver outboard_stress has mapped nothing yet")?, "it is not picked up");
+    ensure!(
+        said("served from now on: its driver outboard_stress has mapped nothing yet")?,
+        "it is not picked up"
+    );
     ensure!(unserved()?.is_empty(), "not served: {}", unserved()?);
     run("clusters 1000")?;
     Ok(())
@@ -186,7 +192,9 @@ fn mistakes(_: &Guest, _: &Slot) -> Result<()> {
         }
     }
     let log = busybox(&["dmesg"])?;
-    for text in ["not mapped; nothing is changed", "another length was mapped", "by its", "is freed that the driver"] {
+    for text in
+        ["not mapped; nothing is changed", "another length was mapped", "by its", "is freed that the driver"]
+    {
         let lines = log.lines().filter(|line| line.contains(text) && line.contains("outboard_stress"));
         ensure!(lines.count() == 1, "'{text}' is not said once");
     }
@@ -213,14 +221,19 @@ fn long_list(_: &Guest, _: &Slot) -> Result<()> {
 
 /// The whole way down and up again under a driver that is served; hibernation is refused.
 fn asleep(_: &Guest, slot: &Slot) -> Result<()> {
-    let Ok(()) = fs::write("/sys/power/pm_test", "platform") else { bail!("this kernel cannot test its sleep") };
+    let Ok(()) = fs::write("/sys/power/pm_test", "platform") else {
+        bail!("this kernel cannot test its sleep")
+    };
     let slept = fs::write("/sys/power/state", "freeze");
     fs::write("/sys/power/pm_test", "none")?;
     slept.context("the machine does not sleep")?;
     ensure!(!said("the host was reset in the guest's sleep")?, "the mappings are gone");
     run("clusters 1000")?;
     ensure!(fs::write("/sys/power/state", "disk").is_err(), "it hibernates under a driver's mappings");
-    ensure!(said("cannot hibernate: what its driver has mapped")?, "it is not said why it does not hibernate");
+    ensure!(
+        said("cannot hibernate: what its driver has mapped")?,
+        "it is not said why it does not hibernate"
+    );
     ensure!(slot.first.folder().join("driver").exists(), "the driver is gone");
     Ok(())
 }

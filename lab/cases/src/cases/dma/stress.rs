@@ -160,9 +160,17 @@ fn run(guest: &Guest, command: &str) -> Result<BTreeMap<String, u64>> {
         .filter_map(|line| line.split_once(' '))
         .filter_map(|(key, value)| Some((key.to_owned(), value.parse().ok()?)));
     let report: BTreeMap<String, u64> = numbers.collect();
-    for key in
-        ["live", "used_windows", "used_bytes", "slack_bytes", "unknown", "misused", "lost", "leaks", "host_refused"]
-    {
+    for key in [
+        "live",
+        "used_windows",
+        "used_bytes",
+        "slack_bytes",
+        "unknown",
+        "misused",
+        "lost",
+        "leaks",
+        "host_refused",
+    ] {
         ensure!(after.value(key)? == 0, "{key} after '{command}':\n{}", after.text);
     }
     let counted = after.value("failed")? - before.value("failed")?;
