@@ -116,7 +116,10 @@ bool odma_running(struct odma_domain *domain);
 int odma_served_init(void);
 void odma_served_exit(void);
 bool odma_serves(struct odma_domain *domain, struct pci_dev *pdev);
-int odma_begin(struct odma_domain *domain);
+struct odma_client *odma_client_for(struct odma_domain *domain, struct device *dev);
+struct odma_domain *odma_happen(struct odma_client *client, enum odma_event event);
+const char *odma_obstacle(struct odma_client *client);
+bool odma_has_master(struct pci_dev *pdev);
 void odma_abandon(struct odma_domain *domain);
 void odma_settle(struct work_struct *work);
 bool odma_any_bound(void);
@@ -124,6 +127,9 @@ bool odma_domain_uses(struct odma_domain *domain);
 int odma_restart(struct odma_domain *domain);
 bool odma_stray_master(struct odma_domain *domain);
 void odma_sum(struct odma_client *client, struct odma_counts *sum);
+
+/* early.c */
+int odma_begin(struct odma_domain *domain);
 
 /* ops.c */
 extern const struct dma_map_ops odma_ops;

@@ -3,13 +3,9 @@
 #include "odma.h"
 
 #include <linux/module.h>
-#include <linux/moduleparam.h>
 #include <linux/slab.h>
 
 #include "quirks/quirks.h"
-
-/* Functions of a slot whose drivers can be picked up. */
-#define MOST_LOCKED 32
 
 static struct pci_dev *root_port(struct pci_dev *pdev)
 {
@@ -74,7 +70,7 @@ static struct odma_domain *domain_of(struct pci_dev *pdev)
 	return NULL;
 }
 
-static bool has_master(struct pci_dev *pdev)
+bool odma_has_master(struct pci_dev *pdev)
 {
 	u16 command;
 
@@ -82,7 +78,7 @@ static bool has_master(struct pci_dev *pdev)
 }
 
 /* One that was there before stays. There always is one: what a function is in must not be forgotten for want of memory. Under odma_mutex. */
-static struct odma_client *client_of(struct odma_domain *domain, struct device *dev)
+struct odma_client *odma_client_for(struct odma_domain *domain, struct device *dev)
 {
 	struct odma_client *client = find(dev);
 
@@ -121,7 +117,7 @@ bool odma_stray_master(struct odma_domain *domain)
 		struct odma_client *client = odma_serves(domain, pdev) ? find(&pdev->dev) : NULL;
 
 		if (odma_serves(domain, pdev) && !(client && client->state == ODMA_BOUND))
-			stray |= has_master(pdev);
+			stray |= odma_has_master(pdev);
 	}
 	return stray;
 }
@@ -136,7 +132,7 @@ static void quiet(struct device *dev)
 		return;
 	pci_clear_master(pdev);
 	/* Writes under way are ahead of the answer to this; reads are waited for. */
-	has_master(pdev);
+	odma_has_master(pdev);
 	if (pci_is_pcie(pdev))
 		pci_wait_for_pending_transaction(pdev);
 }
@@ -168,7 +164,7 @@ static void set_operations(struct odma_client *client, const struct dma_map_ops 
  * Something happens to a function: core/src/served.rs has the table of what follows. Under odma_mutex. Returns the domain whose idle windows are to
  * be given back behind the mutex, or NULL. The client may be gone afterwards.
  */
-static struct odma_domain *happen(struct odma_client *client, enum odma_event event)
+struct odma_domain *odma_happen(struct odma_client *client, enum odma_event event)
 {
 	struct odma_domain *domain = client->domain;
 	struct device *dev = client->dev;
@@ -204,7 +200,7 @@ static struct odma_domain *happen(struct odma_client *client, enum odma_event ev
 }
 
 /* Why the function cannot be served, or NULL. */
-static const char *obstacle(struct odma_client *client)
+const char *odma_obstacle(struct odma_client *client)
 {
 	if (!client->counts)
 		return "out of memory";
@@ -252,13 +248,13 @@ static void bind(struct device *dev)
 
 	if (!domain)
 		return;
-	client = client_of(domain, dev);
-	why = obstacle(client);
+	client = odma_client_for(domain, dev);
+	why = odma_obstacle(client);
 	if (!why)
 		why = admit(client);
 	if (why)
 		dev_err(dev, "no DMA for its driver, which will fail: %s\n", why);
-	happen(client, why ? ODMA_DENIED : ODMA_BIND);
+	odma_happen(client, why ? ODMA_DENIED : ODMA_BIND);
 }
 
 /* Behind a failed probe: its lock is to be had once the kernel has freed what it frees for the driver. */
@@ -271,7 +267,7 @@ static void settle(struct device *dev)
 	mutex_lock(&odma_mutex);
 	client = find(dev);
 	if (client && client->state == ODMA_LEAVING)
-		trim = happen(client, ODMA_SETTLED);
+		trim = odma_happen(client, ODMA_SETTLED);
 	mutex_unlock(&odma_mutex);
 	device_unlock(dev);
 	if (trim)
@@ -324,16 +320,16 @@ static int notified(struct notifier_block *block, unsigned long action, void *da
 		break;
 	case BUS_NOTIFY_UNBOUND_DRIVER:
 		if (client)
-			trim = happen(client, ODMA_UNBOUND);
+			trim = odma_happen(client, ODMA_UNBOUND);
 		break;
 	case BUS_NOTIFY_DRIVER_NOT_BOUND:
 		/* The kernel has yet to free what it frees for the driver, through our operations: they stay. */
 		if (client)
-			happen(client, ODMA_PROBE_FAILED);
+			odma_happen(client, ODMA_PROBE_FAILED);
 		break;
 	case BUS_NOTIFY_REMOVED_DEVICE:
 		if (client)
-			happen(client, ODMA_REMOVED);
+			odma_happen(client, ODMA_REMOVED);
 		break;
 	}
 	domain = action == BUS_NOTIFY_ADD_DEVICE ? domain_of(to_pci_dev(dev)) : NULL;
@@ -346,166 +342,6 @@ static int notified(struct notifier_block *block, unsigned long action, void *da
 }
 
 static struct notifier_block notifier = { .notifier_call = notified };
-
-/* Devices whose locks are held: functions of a slot, and their children. */
-struct locked {
-	struct device *dev[MOST_LOCKED];
-	unsigned int count;
-};
-
-/*
- * Without waiting: a driver that is being probed may take a minute, and is not one that has mapped nothing. In this order the kernel takes several
- * of these locks elsewhere, too.
- */
-static bool lock_device(struct locked *locked, struct device *dev)
-{
-	if (locked->count == MOST_LOCKED || !device_trylock(dev))
-		return false;
-	locked->dev[locked->count++] = get_device(dev);
-	return true;
-}
-
-static void lock_functions(struct odma_domain *domain, struct locked *locked)
-{
-	struct pci_dev *pdev = NULL;
-
-	for_each_pci_dev(pdev)
-		if (odma_serves(domain, pdev))
-			lock_device(locked, &pdev->dev);
-}
-
-static void unlock_all(struct locked *locked)
-{
-	while (locked->count) {
-		struct device *dev = locked->dev[--locked->count];
-
-		device_unlock(dev);
-		put_device(dev);
-	}
-}
-
-static bool is_locked(struct locked *locked, struct device *dev)
-{
-	unsigned int i;
-
-	for (i = 0; i < locked->count; i++)
-		if (locked->dev[i] == dev)
-			return true;
-	return false;
-}
-
-/* Keeps a driver from coming to the child, if it has none. */
-static int has_driver(struct device *child, void *locked)
-{
-	return !lock_device(locked, child) || child->driver;
-}
-
-/*
- * Whether the driver has certainly mapped nothing yet. virtio_pci, which kernels have built in, maps nothing itself: the drivers of its
- * virtio device do. Of others only those that have neither turned bus master on nor told the kernel which addresses they take.
- */
-static bool has_mapped_nothing(struct pci_dev *pdev, struct locked *locked)
-{
-	if (!strcmp(pdev->dev.driver->name, "virtio-pci"))
-		return !device_for_each_child(&pdev->dev, locked, has_driver);
-	return !has_master(pdev) && pdev->dma_mask == DMA_BIT_MASK(32) &&
-	       pdev->dev.coherent_dma_mask == DMA_BIT_MASK(32);
-}
-
-/*
- * Finds functions that had a driver before this module came: its DMA does not go through here, and the addresses that it gave its device mean
- * nothing to the host. Under odma_mutex. True if all of them can be served after all.
- */
-static bool find_foreign(struct odma_domain *domain, struct locked *locked)
-{
-	bool all = !odma_running(domain);
-	struct pci_dev *pdev = NULL;
-
-	for_each_pci_dev(pdev) {
-		struct odma_client *client;
-
-		if (!odma_serves(domain, pdev) || !READ_ONCE(pdev->dev.driver))
-			continue;
-		client = client_of(domain, &pdev->dev);
-		happen(client, ODMA_FOUND);
-		all &= is_locked(locked, &pdev->dev) && has_mapped_nothing(pdev, locked) && !obstacle(client);
-	}
-	return all;
-}
-
-static void tell_foreign(struct odma_domain *domain)
-{
-	struct odma_client *client;
-
-	list_for_each_entry(client, &domain->clients, list) {
-		struct device_driver *driver = READ_ONCE(client->dev->driver);
-
-		dev_err(client->dev, "not served, cannot do DMA: the driver %s was bound before " KBUILD_MODNAME
-			" came. Unbind and bind it, or load " KBUILD_MODNAME " earlier\n", driver ? driver->name : "?");
-	}
-}
-
-static void take_foreign(struct odma_domain *domain)
-{
-	struct odma_client *client;
-
-	list_for_each_entry(client, &domain->clients, list) {
-		happen(client, ODMA_TAKEN);
-		dev_info(client->dev, "served from now on: its driver %s has mapped nothing yet\n",
-			 client->dev->driver->name);
-	}
-}
-
-static void disown(struct odma_domain *domain)
-{
-	struct odma_client *client, *next;
-
-	list_for_each_entry_safe(client, next, &domain->clients, list)
-		happen(client, ODMA_REMOVED);
-}
-
-/*
- * Starts to serve. A driver that binds from here on is served, and one that has mapped nothing yet. Any other that was there before keeps the DMA
- * device off until it has gone, and then the next one starts it. So does the first one in a slot that is empty now (-ENXIO).
- */
-int odma_begin(struct odma_domain *domain)
-{
-	struct locked *locked = kzalloc(sizeof(*locked), GFP_KERNEL);
-	struct pci_dev *pdev = NULL;
-	int error;
-
-	if (!locked)
-		return -ENOMEM;
-	lock_functions(domain, locked);
-	mutex_lock(&odma_mutex);
-	list_add_tail(&domain->list, &odma_domains);
-	if (find_foreign(domain, locked)) {
-		take_foreign(domain);
-		error = odma_start(domain);
-	} else if (list_empty(&domain->clients)) {
-		error = odma_start(domain);
-	} else {
-		tell_foreign(domain);
-		domain->dirty = true;
-		/* A crashed kernel's mappings are no more a foreign driver's than ours. */
-		if (odma_running(domain))
-			odma_reset(domain);
-		error = odma_make_core(domain);
-	}
-	if (error == -ENXIO)
-		error = 0;
-	if (error) {
-		disown(domain);
-		list_del(&domain->list);
-	}
-	mutex_unlock(&odma_mutex);
-	unlock_all(locked);
-	kfree(locked);
-	for_each_pci_dev(pdev)
-		if (!error && odma_serves(domain, pdev))
-			outboard_quirks_served(pdev);
-	return error;
-}
 
 /* Unbinds the drivers of all served functions; the domain, from then on, is none. */
 void odma_abandon(struct odma_domain *domain)
@@ -532,7 +368,7 @@ void odma_abandon(struct odma_domain *domain)
 	odma_reset(domain);
 	list_del(&domain->list);
 	list_for_each_entry_safe(client, next, &domain->clients, list)
-		happen(client, ODMA_REMOVED);
+		odma_happen(client, ODMA_REMOVED);
 	mutex_unlock(&odma_mutex);
 }
 
@@ -584,31 +420,6 @@ int odma_restart(struct odma_domain *domain)
 	mutex_unlock(&odma_mutex);
 	return error == -ENXIO ? 0 : error;
 }
-
-/* For the package's unit: functions that are not served because their driver came first, and that driver. */
-static int show_unserved(char *buffer, const struct kernel_param *param)
-{
-	struct odma_domain *domain;
-	struct odma_client *client;
-	int length = 0;
-
-	mutex_lock(&odma_mutex);
-	list_for_each_entry(domain, &odma_domains, list) {
-		list_for_each_entry(client, &domain->clients, list) {
-			struct device_driver *driver = READ_ONCE(client->dev->driver);
-
-			if (client->state == ODMA_FOREIGN || client->state == ODMA_REFUSED)
-				length += scnprintf(buffer + length, PAGE_SIZE - length, "%s %s\n", dev_name(client->dev),
-						    driver ? driver->name : "-");
-		}
-	}
-	mutex_unlock(&odma_mutex);
-	return length;
-}
-
-static const struct kernel_param_ops unserved_ops = { .get = show_unserved };
-module_param_cb(unserved, &unserved_ops, NULL, 0444);
-MODULE_PARM_DESC(unserved, "Functions without DMA, with the driver that they have (read only)");
 
 int odma_served_init(void)
 {

@@ -207,8 +207,8 @@ static bool clears(void)
 }
 
 /*
- * Before each CPU that comes runs anything else: one whose DC ZVA clears another number of bytes than the stores that stand in its place is not let
- * in. On those that are there already this is asked too.
+ * Asked on each CPU, and on each that comes: one whose DC ZVA clears another number of bytes than the stores that stand in its place is not let in.
+ * What was rewritten needs nothing else of it: its instruction cache is empty.
  */
 static int cpu_comes(unsigned int cpu)
 {
