@@ -68,10 +68,11 @@ mod tests {
     use crate::host::Dma;
 
     /// Without a driver that asks for memory; and the abuse, which is the same work twice.
-    const WITHOUT: [&str; 5] = [
+    const WITHOUT: [&str; 6] = [
         "passthrough-errors",
         "passthrough-rtx5090",
         "passthrough-hotadd",
+        "passthrough-io-ports",
         "passthrough-abuse",
         "bench-passthrough",
     ];
