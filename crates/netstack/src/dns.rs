@@ -288,3 +288,175 @@ fn fail(query: &[u8], guest_port: u16, guest: &mut Guest) {
     let subnet = guest.subnet();
     guest.outbox.push_udp(buffer, query.len(), (subnet.dns(), DNS_PORT), (subnet.guest(), guest_port));
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::address::Subnet;
+    use crate::resolver::Resolver;
+    use mio::Poll;
+
+    const PORT: u16 = 5000;
+
+    /// A relay, what it needs, and servers on the host's loopback.
+    struct Bench {
+        relay: DnsRelay,
+        guest: Guest,
+        poll: Poll,
+        resolver: Resolver,
+        now: Instant,
+    }
+
+    fn server() -> (std::net::UdpSocket, SocketAddr) {
+        let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        let address = socket.local_addr().unwrap();
+        (socket, address)
+    }
+
+    /// An address where nobody listens.
+    fn refusing() -> SocketAddr {
+        server().1
+    }
+
+    fn query(id: u8) -> Vec<u8> {
+        let mut message = vec![0; HEADER + 5];
+        message[1] = id;
+        message
+    }
+
+    impl Bench {
+        fn new(servers: &[SocketAddr]) -> Self {
+            Self {
+                relay: DnsRelay::new(),
+                guest: Guest::new([2, 0, 0, 0, 0, 1], Subnet::DEFAULT),
+                poll: Poll::new().unwrap(),
+                resolver: Resolver::of(servers),
+                now: Instant::now(),
+            }
+        }
+
+        fn with(&mut self, act: impl FnOnce(&mut DnsRelay, &mut Cx<'_>)) {
+            let cx = &mut Cx {
+                guest: &mut self.guest,
+                registry: self.poll.registry(),
+                now: self.now,
+                resolver: &mut self.resolver,
+            };
+            act(&mut self.relay, cx);
+        }
+
+        fn ask(&mut self, message: &[u8]) {
+            self.with(|relay, cx| relay.send(PORT, message, cx));
+        }
+
+        fn run(&mut self) {
+            self.with(|relay, cx| relay.run(cx));
+        }
+
+        /// Waits for sockets as the stack does, and gives the relay its turn.
+        fn wait_and_run(&mut self) {
+            let mut events = mio::Events::with_capacity(8);
+            self.poll.poll(&mut events, Some(Duration::from_secs(10))).unwrap();
+            assert!(!events.is_empty(), "nothing came");
+            let ids: Vec<usize> = self.relay.flows.iter().map(|(id, _)| id).collect();
+            ids.into_iter().for_each(|id| self.relay.ready(id));
+            self.run();
+        }
+
+        /// The DNS messages that wait for the guest.
+        fn answers(&mut self) -> Vec<Vec<u8>> {
+            let mut answers = Vec::new();
+            while let Some(frame) = self.guest.outbox.front() {
+                answers.push(frame.bytes()[UDP_PAYLOAD..].to_vec());
+                self.guest.outbox.pop();
+            }
+            answers
+        }
+    }
+
+    #[test]
+    fn a_silent_server_is_followed_by_the_next_after_a_second() {
+        let ((first, first_address), (second, second_address)) = (server(), server());
+        let mut bench = Bench::new(&[first_address, second_address]);
+        // Two at once from one port, as resolvers ask for IPv4 and IPv6 addresses.
+        bench.ask(&query(1));
+        bench.ask(&query(2));
+        let mut buffer = [0; 100];
+        assert!(first.recv(&mut buffer).is_ok() && first.recv(&mut buffer).is_ok());
+        let asks_again = bench.relay.next_check().unwrap();
+        assert_eq!(asks_again, bench.now + PATIENCE);
+        second.set_nonblocking(true).unwrap();
+        bench.run();
+        assert!(second.recv(&mut buffer).is_err(), "too early");
+
+        bench.now = asks_again;
+        bench.run();
+        second.set_nonblocking(false).unwrap();
+        for _ in 0..2 {
+            let (len, from) = second.recv_from(&mut buffer).unwrap();
+            second.send_to(&buffer[..len], from).unwrap();
+        }
+        let mut answers = Vec::new();
+        while answers.len() < 2 {
+            bench.wait_and_run();
+            answers.extend(bench.answers());
+        }
+        answers.sort();
+        assert_eq!(answers, [query(1), query(2)]);
+        // The silent one has lost its place for now.
+        assert_eq!(bench.resolver.next(&[], bench.now), Some(second_address));
+    }
+
+    #[test]
+    fn a_server_that_refuses_is_followed_by_the_next_at_once() {
+        let (second, second_address) = server();
+        let mut bench = Bench::new(&[refusing(), second_address]);
+        bench.ask(&query(1));
+        bench.wait_and_run();
+        let mut buffer = [0; 100];
+        let (len, from) = second.recv_from(&mut buffer).unwrap();
+        second.send_to(&buffer[..len], from).unwrap();
+        bench.wait_and_run();
+        assert_eq!(bench.answers(), [query(1)]);
+    }
+
+    #[test]
+    fn where_every_server_refuses_the_guest_is_told() {
+        let mut bench = Bench::new(&[refusing(), refusing()]);
+        bench.ask(&query(7));
+        let mut answers = Vec::new();
+        while answers.is_empty() {
+            bench.wait_and_run();
+            answers = bench.answers();
+        }
+        assert_eq!(answers.len(), 1);
+        assert_eq!(answers[0][..4], [0, 7, RESPONSE, RECURSION_AVAILABLE | SERVER_FAILURE]);
+        // Idle: the port is forgotten, so the next query begins anew.
+        bench.now += IDLE;
+        bench.run();
+        assert!(bench.relay.flows.is_empty());
+    }
+
+    #[test]
+    fn answers_to_nothing_are_dropped_and_tables_bounded() {
+        let (server, address) = server();
+        let mut bench = Bench::new(&[address]);
+        bench.ask(&query(1));
+        let mut buffer = [0; 100];
+        let (_, from) = server.recv_from(&mut buffer).unwrap();
+        for message in [&query(2)[..], &query(1)[..5], &[]] {
+            server.send_to(message, from).unwrap();
+        }
+        bench.wait_and_run();
+        assert!(bench.answers().is_empty());
+        for id in 0..200 {
+            bench.ask(&query(id));
+        }
+        assert_eq!(bench.relay.flows[0].queries.len(), MAX_QUERIES);
+        for port in 1..1000 {
+            bench.with(|relay, cx| relay.send(port, &query(1), cx));
+        }
+        assert_eq!(bench.relay.flows.len(), MAX_FLOWS);
+    }
+}

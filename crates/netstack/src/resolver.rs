@@ -38,6 +38,13 @@ impl Resolver {
         }
     }
 
+    /// Of these servers, in this order.
+    #[cfg(test)]
+    pub(crate) fn of(addresses: &[SocketAddr]) -> Self {
+        let server = |address: &SocketAddr| Server { address: *address, bad_until: None };
+        Self { servers: addresses.iter().map(server).collect(), file: None }
+    }
+
     fn from_file(path: PathBuf, now: Instant) -> Self {
         let file = File { path, checked: None, modified: None };
         let mut resolver = Self { servers: Vec::new(), file: Some(file) };

@@ -578,3 +578,18 @@ impl Stack {
         (&mut self.datagrams, &mut self.dns, cx)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A flow that begins after a long silence must not look as old as the silence.
+    #[test]
+    fn the_clock_is_read_after_each_wait() {
+        let mut stack = Stack::new(&NetOptions::default()).unwrap();
+        let Some(long_ago) = Instant::now().checked_sub(Duration::from_secs(300)) else { return };
+        stack.now = long_ago;
+        stack.wait(Some(Duration::ZERO)).unwrap();
+        assert!(stack.now.duration_since(long_ago) >= Duration::from_secs(300));
+    }
+}

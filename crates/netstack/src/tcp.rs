@@ -398,6 +398,7 @@ pub(crate) fn reject(packet: &[u8], guest: &mut Guest) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::address::Subnet;
 
     #[test]
     fn buffers_stay_within_bounds_however_many_flows() {
@@ -410,5 +411,68 @@ mod tests {
         assert_eq!((sizes[0], sizes[MAX_FLOWS - 1]), (BUFFER_SIZES[0], BUFFER_SIZES[4]));
         assert!(sizes.is_sorted_by(|a, b| a >= b));
         assert!(buffered < 128 << 20, "{buffered}");
+    }
+
+    /// A table with `count` connections into a guest that answers nothing, and what it needs.
+    fn table(count: usize) -> (TcpFlows, Guest, mio::Poll, std::net::TcpListener) {
+        let (mut flows, poll) = (TcpFlows::new(), mio::Poll::new().unwrap());
+        let mut guest = Guest::new([2, 0, 0, 0, 0, 1], Subnet::DEFAULT);
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        for _ in 0..count {
+            let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            let key = Key { guest_port: 80, remote: SocketAddrV4::new(Subnet::DEFAULT.gateway(), 0) };
+            flows.accept(stream, key, &mut guest, poll.registry()).unwrap();
+        }
+        (flows, guest, poll, listener)
+    }
+
+    fn half_close(flow: &mut Flow) {
+        let Phase::Open(open) = &mut flow.phase else { panic!("accepted connections are open") };
+        open.host_told = true;
+    }
+
+    /// The flows that are left once `silence` has passed since the table was filled.
+    fn left_after(flows: &mut TcpFlows, guest: &mut Guest, silence: Duration) -> Vec<usize> {
+        guest.now = Instant::ZERO + silence;
+        flows.sweep(guest);
+        flows.flows.iter().map(|(id, _)| id).collect()
+    }
+
+    #[test]
+    fn silent_connections_end_after_the_times_of_rfc_5382() {
+        let (mut flows, mut guest, _poll, _listener) = table(2);
+        half_close(&mut flows.flows[1]);
+        let second = Duration::from_secs(1);
+        assert_eq!(left_after(&mut flows, &mut guest, TRANSITORY_IDLE - second), [0, 1]);
+        assert_eq!(left_after(&mut flows, &mut guest, TRANSITORY_IDLE), [0]);
+        assert_eq!(left_after(&mut flows, &mut guest, ESTABLISHED_IDLE - second), [0]);
+        assert!(flows.next_deadline().is_some());
+        assert_eq!(left_after(&mut flows, &mut guest, ESTABLISHED_IDLE), []);
+        assert!(flows.by_key.is_empty() && flows.buffered == 0);
+    }
+
+    #[test]
+    fn half_closed_connections_give_way_first_and_those_in_use_never() {
+        let (mut flows, _guest, _poll, _listener) = table(4);
+        let soon = Instant::ZERO + Duration::from_secs(1);
+        assert_eq!(flows.least_useful(soon), None, "all in use");
+        for (id, millis) in [(0, 0), (1, 700), (2, 300), (3, 500)] {
+            flows.flows[id].last_active = Instant::from_millis(millis);
+        }
+        half_close(&mut flows.flows[1]);
+        half_close(&mut flows.flows[3]);
+        assert_eq!(flows.least_useful(soon), Some(3), "half closed, and silent longest");
+        assert_eq!(flows.least_useful(soon + TRANSITORY_IDLE), Some(3));
+        flows.remove(3, true);
+        flows.remove(1, true);
+        assert_eq!(flows.least_useful(soon), None);
+        assert_eq!(flows.least_useful(soon + TRANSITORY_IDLE), Some(0), "silent for some time");
+    }
+
+    #[test]
+    fn silent_peers_of_the_host_are_asked_if_they_are_there() {
+        let (flows, _guest, _poll, _listener) = table(1);
+        let socket = SockRef::from(&flows.flows[0].host);
+        assert!(socket.keepalive().unwrap());
     }
 }

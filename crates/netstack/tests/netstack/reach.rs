@@ -60,7 +60,8 @@ fn the_hosts_loopback_is_closed_unless_it_is_opened() {
 #[test]
 fn loopback_link_local_and_metadata_addresses_are_refused_with_a_word() {
     let mut stack = user("user,host-loopback=on");
-    for address in ["127.0.0.1", "127.1.2.3", "169.254.169.254", "169.254.1.1", "100.100.100.200", "0.0.0.1"] {
+    for address in ["127.0.0.1", "127.1.2.3", "169.254.169.254", "169.254.1.1", "100.100.100.200", "0.0.0.1"]
+    {
         let to: Ipv4Addr = address.parse().unwrap();
         assert!(is_reset(&mut stack, (to, 80)), "{address}");
         assert_eq!(told(&mut stack, &udp((GUEST, 9), (to, 80), b"x")), Some(PROHIBITED), "{address}");
