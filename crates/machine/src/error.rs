@@ -1,3 +1,4 @@
+use outboard_netstack::AssignError;
 use outboard_platform::layout::LayoutError;
 use std::io;
 use std::path::PathBuf;
@@ -162,6 +163,9 @@ impl Error {
             | Self::TooManyDevices { .. }
             | Self::DeviceTwice(_)
             | Self::SameFile { .. }
+            | Self::Networks(
+                AssignError::ForwardTwice { .. } | AssignError::MacTwice(_) | AssignError::SubnetTwice(_),
+            )
             | Self::Layout(LayoutError::BadRam { .. }) => true,
             _ => false,
         }

@@ -280,7 +280,8 @@ fn a_dry_run_finds_what_a_start_would() {
     cannot(&[&format!("--vsock=socket={}", &long[7..])], &["path"]);
     cannot(&["--vsock=socket=used.sock"], &["used.sock", "in use"]);
     cannot(&[&format!("--net=user,forward={port}:22")], &["forward", "in use"]);
-    cannot(&["--net=user,forward=24871:22", "--net=user,forward=24871:80"], &["forward", "in use"]);
+    let twice = ["--net=user,forward=24871:22", "--net=user,forward=24871:80"];
+    expect(&mut place.dry_run(&twice), USAGE, &["forward", "same port of the host"]);
     cannot(&["--device=simulated:large-bar"], &["PCIe window"]);
     cannot(&["--memory=1048576G"], &["smaller --memory"]);
     assert_eq!(place.files(), before);
