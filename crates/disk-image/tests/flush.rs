@@ -1,5 +1,6 @@
 //! A flush that failed once is not followed by one that succeeds: Linux drops the pages whose write-back failed and says so once.
 
+#![allow(clippy::print_stderr)] // A test that cannot run says why.
 #![cfg(target_os = "linux")]
 
 mod common;

@@ -1,5 +1,7 @@
 //! Images from bug reports, each with its right outcome.
 
+#![allow(clippy::print_stderr)] // A test that cannot run says why.
+
 mod common;
 
 use common::*;

@@ -1,5 +1,7 @@
 //! Every image that cannot be opened says what is wrong and what to do.
 
+#![allow(clippy::print_stderr)] // A test that cannot run says why.
+
 mod common;
 
 use common::*;

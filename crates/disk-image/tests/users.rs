@@ -1,5 +1,7 @@
 //! Two users of one disk: QEMU and we, the host and we.
 
+#![allow(clippy::print_stderr)] // A test that cannot run says why.
+
 mod common;
 
 use common::*;

@@ -76,7 +76,7 @@ mod tests {
     #[test]
     fn a_panic_fails_the_device_and_nothing_else() {
         let health = Health::default();
-        assert_eq!(health.contain("dev0", || is_panic_contained()), Some(true));
+        assert_eq!(health.contain("dev0", is_panic_contained), Some(true));
         assert!(!is_panic_contained());
         assert_eq!(health.failure(), None);
         assert_eq!(health.contain::<()>("dev0", || panic!("number {}", 7)), None);

@@ -20,7 +20,7 @@ use keeper::Keeper;
 use landlock::RulesetCreated;
 use spawner::Spawner;
 use std::cell::Cell;
-use std::io;
+use std::io::{self, Write as _};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::OnceLock;
@@ -156,7 +156,8 @@ pub(crate) fn confine(kind: ThreadKind) {
     }
     violation::set_kind(kind);
     if let Err(error) = jail.confine(kind) {
-        eprintln!("outboard: {error}");
+        // Where nobody reads it the status says it.
+        let _ = writeln!(io::stderr(), "outboard: {error}");
         std::process::exit(VIOLATION_STATUS);
     }
 }
