@@ -1,11 +1,12 @@
 //! The table of states (`served.rs`) in every order of what can happen at the same time: drivers that bind, fail and go, functions that are pulled,
 //! the module that comes and goes. The threads take the locks that the kernel and the C half take (`served.c`); all their interleavings are walked.
 
+#[path = "served/world.rs"]
+mod world;
+
 use outboard_dma_core::served::*;
 use std::collections::HashSet;
-
-/// Functions of the slot.
-const FUNCTIONS: usize = 2;
+use world::{FUNCTIONS, Function, Ops, THREADS, World};
 
 /// What the checker must find, as a test of itself. `None` is the module as it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,48 +24,6 @@ enum Fault {
     BlindStart,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Ops {
-    /// The kernel's own: guest addresses.
-    Raw,
-    Ours,
-    Refusing,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Function {
-    present: bool,
-    /// Who holds its lock.
-    lock: Option<usize>,
-    driver: bool,
-    /// The driver has mapped something, and told its device.
-    mapped: bool,
-    master: bool,
-    ops: Ops,
-    client: Option<State>,
-    holds: bool,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct World {
-    functions: [Function; FUNCTIONS],
-    /// The DMA device is in the list, goes, is enabled.
-    listed: bool,
-    closing: bool,
-    enabled: bool,
-    /// Something may be running that no driver of now started.
-    dirty: bool,
-    references: u32,
-    going: bool,
-    gone: bool,
-    settling: [bool; FUNCTIONS],
-    /// Threads that give windows back, or are about to.
-    trims: u32,
-    /// Where each thread is.
-    at: [u8; THREADS],
-}
-
-const THREADS: usize = 7;
 /// Binds a driver to function 0 whose probe may fail, as the world says.
 const BINDER: usize = 0;
 /// Likewise to function 1, and its driver goes again.
@@ -85,55 +44,6 @@ struct Checker {
     active: [bool; THREADS],
     seen: HashSet<World>,
     violation: Option<String>,
-}
-
-impl World {
-    fn new() -> Self {
-        let function = Function {
-            present: true,
-            lock: None,
-            driver: false,
-            mapped: false,
-            master: false,
-            ops: Ops::Raw,
-            client: None,
-            holds: false,
-        };
-        Self {
-            functions: [function; FUNCTIONS],
-            listed: false,
-            closing: false,
-            enabled: false,
-            dirty: false,
-            references: 0,
-            going: false,
-            gone: false,
-            settling: [false; FUNCTIONS],
-            trims: 0,
-            at: [0; THREADS],
-        }
-    }
-
-    fn slot(&self, but: usize) -> Slot {
-        let count = |states: &[State]| {
-            let is = |(index, function): &(usize, &Function)| {
-                *index != but && function.client.is_some_and(|state| states.contains(&state))
-            };
-            self.functions.iter().enumerate().filter(is).count() as u32
-        };
-        Slot {
-            closing: self.closing,
-            running: self.enabled,
-            foreign: count(&[State::Foreign]),
-            using: count(&[State::Served, State::Leaving]),
-        }
-    }
-
-    /// The host stops and resets the functions and takes all mappings down.
-    fn reset(&mut self) {
-        self.enabled = false;
-        self.functions.iter_mut().for_each(|function| function.master = false);
-    }
 }
 
 impl Checker {
