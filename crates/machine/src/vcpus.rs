@@ -1,6 +1,7 @@
 //! The vCPU threads of a VM: one each, bound for life, run, paused and stopped together.
 
 use crate::Error;
+use nix::time::{ClockId, clock_gettime};
 use outboard_bus::{MmioBus, Width, warn_limited};
 use outboard_hypervisor::{Exit, Kick, Register, Vcpu, Vm};
 use outboard_jail::ThreadKind;
@@ -48,6 +49,10 @@ struct State {
 pub(crate) struct CpuState {
     /// PSTATE in the layout of SPSR_EL1 (Arm DDI 0487, C5.2.19).
     pub(crate) pstate: u64,
+    /// Next instruction.
+    pub(crate) pc: u64,
+    /// CPU time that its thread has taken so far, in and out of the guest.
+    pub(crate) run_time: Duration,
 }
 
 /// What the threads and their owner share.
@@ -207,8 +212,8 @@ fn run(index: u32, vcpu: &mut dyn Vcpu, shared: &Shared, bus: &MmioBus, report: 
                 Err(Kicked) => break None,
             }
         };
-        let pstate = if event.is_none() { vcpu.register(Register::Cpsr).ok() } else { None };
-        shared.lock().cpus[index as usize] = pstate.map(|pstate| CpuState { pstate });
+        let state = if event.is_none() { cpu_state(vcpu) } else { None };
+        shared.lock().cpus[index as usize] = state;
         if let Some(event) = event {
             report(event);
             // This vCPU has nothing more to do until the machine stops it.
@@ -216,6 +221,13 @@ fn run(index: u32, vcpu: &mut dyn Vcpu, shared: &Shared, bus: &MmioBus, report: 
             return;
         }
     }
+}
+
+/// The state of a vCPU that has just left the guest; `None` if it cannot be had.
+fn cpu_state(vcpu: &dyn Vcpu) -> Option<CpuState> {
+    let (pstate, pc) = (vcpu.register(Register::Cpsr).ok()?, vcpu.register(Register::Pc).ok()?);
+    let run_time = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).ok()?;
+    Some(CpuState { pstate, pc, run_time: run_time.into() })
 }
 
 /// The vCPU must look at the wish.
