@@ -45,6 +45,8 @@ fn serve() -> Result<()> {
     let (sender, inputs) = channel();
     let commands = sender.clone();
     thread::spawn(move || read_commands(port, &commands));
+    // A program that is ended by a fault leaves its registers in the kernel's log. Not every kernel has it.
+    let _ = fs::write("/proc/sys/debug/exception-trace", "1");
     let kernel = fs::read_to_string("/proc/sys/kernel/osrelease")?.trim().to_owned();
     let kvm = Path::new("/dev/kvm").exists();
     write_event(&mut events, &Event::Ready { kernel, kvm })?;
