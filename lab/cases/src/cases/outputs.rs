@@ -175,15 +175,19 @@ impl Running {
     /// The guest's own word would come by its console; its disk is another way.
     fn wait_for_work(&mut self) -> Result<()> {
         let (deadline, mut start) = (Instant::now() + STEP, vec![0; WORKED.len()]);
-        while start != WORKED {
-            if let Some(status) = self.child.try_wait()?.filter(|status| !status.success()) {
-                bail!("the monitor has ended: {status}");
+        loop {
+            // Before the look at the disk, which then has all that the guest wrote.
+            let ended = self.child.try_wait()?;
+            File::open(&self.image)?.read_exact_at(&mut start, 0)?;
+            if start == WORKED {
+                return Ok(());
+            }
+            if let Some(status) = ended {
+                bail!("the guest has not done its work, and the monitor has ended: {status}");
             }
             ensure!(Instant::now() < deadline, "the guest has not done its work");
             sleep(Duration::from_millis(50));
-            File::open(&self.image)?.read_exact_at(&mut start, 0)?;
         }
-        Ok(())
     }
 
     fn signal(&self, signal: Signal) -> Result<()> {
@@ -223,7 +227,8 @@ fn guest(guest: &mut Guest) -> Result<()> {
     guest.need("evdev")?;
     let keys = input::find("gpio-keys")?;
     // By the kernel, which waits for its console with interrupts off: whatever reads it, it must take this.
-    fs::write("/proc/sys/kernel/printk_devkmsg", "on")?;
+    // The kernel takes the word with a newline only (kernel/printk/printk.c, devkmsg_sysctl_set_loglvl).
+    fs::write("/proc/sys/kernel/printk_devkmsg", "on\n").context("printk_devkmsg")?;
     let mut messages = File::options().write(true).open("/dev/kmsg")?;
     let line = format!("<1>{}\n", "x".repeat(500));
     for _ in 0..2 * guest.number("flood")? {
