@@ -64,6 +64,13 @@ fn host(host: &Host) -> Result<Option<String>> {
     }
     let status = child.wait()?;
     ensure!(count > 0, "hv-conformance ran no case ({status})");
+    if status.code().is_none() {
+        // The kernel says where a program was that a fault ended (debug.exception-trace).
+        let said = Command::new("/bin/busybox").args(["dmesg"]).output().context("dmesg")?;
+        let said = String::from_utf8_lossy(&said.stdout).into_owned();
+        let lines: Vec<&str> = said.lines().rev().take(40).collect();
+        host.log(lines.into_iter().rev().collect::<Vec<_>>().join("\n"));
+    }
     // Failed cases count by themselves; this is for a suite that broke down.
     ensure!(matches!(status.code(), Some(0 | 1)), "hv-conformance ended with {status}");
     Ok(None)

@@ -1,14 +1,12 @@
 //! A VM's phases: boot state, registers, order of calls, and VMs one after another.
 
-use crate::conformance::asm::{Asm, SysReg};
-use crate::conformance::guest::{self, REPORT_BASE, enable_distributor, report, start};
+use crate::conformance::asm::SysReg;
+use crate::conformance::guest::{self, report, start};
 use crate::conformance::rig::{
     Bench, CODE, Context, MMIO, Outcome, REPORT, Stop, expect, expect_refusal, fail, gic_config,
 };
 use crate::conformance::{Case, case};
-use crate::{Error, Exit, Register, ThreadPriority, VcpuOptions, VmOptions};
-use std::sync::{Barrier, mpsc};
-use std::time::{Duration, Instant};
+use crate::{Error, Register, ThreadPriority, VcpuOptions, VmOptions};
 
 pub const CASES: &[Case] = &[
     case("boot-state", boot_state),
@@ -21,7 +19,6 @@ pub const CASES: &[Case] = &[
     case("vm-one-at-a-time", one_vm),
     case("vm-20-times", twenty_times),
     case("thread-priority-high", priority),
-    case("first-run-beside-another", first_run_beside_another),
 ];
 
 fn wrong_phase(e: &Error) -> bool {
@@ -31,7 +28,7 @@ fn wrong_phase(e: &Error) -> bool {
 /// What Linux Documentation/arch/arm64/booting.rst asks for.
 fn boot_state(context: &Context) -> Outcome {
     let bench = Bench::new(context, 1)?;
-    let mut a = Asm::at(CODE + 0x40);
+    let mut a = crate::conformance::asm::Asm::at(CODE + 0x40);
     a.mov(28, REPORT);
     (0..4).for_each(|n| report(&mut a, n));
     for register in [SysReg::CURRENT_EL, SysReg::DAIF, SysReg::SCTLR_EL1] {
@@ -186,46 +183,4 @@ fn priority(context: &Context) -> Outcome {
         Err(Stop::Failed(why)) => fail(why),
         other => other,
     }
-}
-
-/// The guest's first access to the interrupt controller is the controller's, whichever vCPU's thread ran first. KVM of Linux 6.1 lets a vCPU
-/// into the guest before the distributor is there, while another vCPU's first run prepares it; the access then comes out as an exit. The guest goes
-/// on with a distributor that is off, and no interrupt ever reaches it.
-fn first_run_beside_another(context: &Context) -> Outcome {
-    // The other's first run takes some 100 us; on an emulated host, milliseconds.
-    const ROUNDS: u32 = 100;
-    const LATER: Duration = Duration::from_micros(40);
-    for round in 0..ROUNDS {
-        let bench = Bench::new(context, 2)?;
-        let mut a = Asm::at(CODE);
-        enable_distributor(&mut a);
-        a.mov(1, 7).mov(REPORT_BASE, REPORT);
-        report(&mut a, 1);
-        bench.load(a);
-        let together = Barrier::new(2);
-        let (sender, kicker) = mpsc::channel();
-        std::thread::scope(|scope| {
-            scope.spawn(|| {
-                let bound = bench.vm.bind_vcpu(1).map_err(|error| error.to_string());
-                // The case may have failed meanwhile.
-                let _ = sender.send(bound.as_ref().map(|vcpu| vcpu.kicker()).map_err(Clone::clone));
-                together.wait();
-                // It is off: only the kick brings it back.
-                bound.map(|mut vcpu| vcpu.run())
-            });
-            let booted = bench.boot_cpu();
-            let other = kicker.recv();
-            together.wait();
-            let Ok(Ok(other)) = other else { return fail(format!("vCPU 1 is not bound: {:?}", other.err())) };
-            let start = Instant::now();
-            while start.elapsed() < round * LATER {
-                std::hint::spin_loop();
-            }
-            let ended = booted.and_then(|mut cpu| cpu.run());
-            other.kick();
-            let first = Exit::MmioWrite { ipa: REPORT, width: 8, value: 7 };
-            expect(format!("round {round}: the first exit"), ended?, first)
-        })?;
-    }
-    Ok(())
 }
