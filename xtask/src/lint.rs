@@ -1,5 +1,6 @@
 //! `cargo xtask lint`: what can be checked without running anything.
 
+mod evidence;
 mod layers;
 mod text;
 
@@ -14,11 +15,12 @@ use lab_cases::protocol::Outcome;
 /// A check. `Ok(Some(reason))` skips it.
 type Check = fn(&Paths) -> Result<Option<String>>;
 
-const CHECKS: [(&str, Check); 6] = [
+const CHECKS: [(&str, Check); 7] = [
     ("format", format),
     ("clippy", clippy),
     ("layers", layers::check),
     ("text", text::check),
+    ("evidence", evidence::check),
     ("check-macos", check_apple),
     ("check-arm64", check_arm64),
 ];

@@ -22,7 +22,8 @@ pub(super) fn check(paths: &Paths) -> Result<Option<String>> {
     let exists = |reference: &str| exists(&paths.root, &sources, reference);
     let mut faults = Vec::new();
     for page in [FAULTS, THREATS] {
-        let text = fs::read_to_string(paths.root.join(page)).with_context(|| format!("cannot read {page}"))?;
+        let text =
+            fs::read_to_string(paths.root.join(page)).with_context(|| format!("cannot read {page}"))?;
         for reference in references(&text).filter(|reference| !exists(reference)) {
             faults.push(format!("{page} names `{reference}`, which does not exist"));
         }
@@ -88,7 +89,9 @@ fn rows_without_evidence(text: &str) -> Vec<String> {
             match rows[..] {
                 [row] if references(row).next().is_some() || row.contains(NOT_TESTED) => {}
                 [_] => faults.push(format!("{FAULTS}: {letter}{number} names no test")),
-                _ => faults.push(format!("{FAULTS}: {letter}{number} has {} rows instead of one", rows.len())),
+                _ => {
+                    faults.push(format!("{FAULTS}: {letter}{number} has {} rows instead of one", rows.len()))
+                }
             }
         }
     }
@@ -124,7 +127,9 @@ mod tests {
     fn every_fault_needs_a_row_with_a_test_or_a_reason() {
         let rows: String = FAMILIES
             .iter()
-            .flat_map(|(letter, count)| (1..=*count).map(move |n| format!("| {letter}{n} | x | `lab poweroff` |\n")))
+            .flat_map(|(letter, count)| {
+                (1..=*count).map(move |n| format!("| {letter}{n} | x | `lab poweroff` |\n"))
+            })
             .collect();
         assert!(rows_without_evidence(&rows).is_empty());
         let gap = rows.replace("| B7 | x | `lab poweroff` |", "| B7 | x | none |");
