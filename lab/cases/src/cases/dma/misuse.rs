@@ -59,10 +59,9 @@ struct Slot {
 
 type Part = fn(&Guest, &Slot) -> Result<()>;
 
-const PARTS: [(&str, Part); 8] = [
+const PARTS: [(&str, Part); 7] = [
     ("picked-up", picked_up),
     ("mistakes", mistakes),
-    ("large-memory", large),
     ("long-list", long_list),
     ("asleep", asleep),
     ("bus-master", bus_master),
@@ -113,6 +112,8 @@ fn stats() -> Result<Stats> {
 fn refused(guest: &Guest, slot: &Slot) -> Result<()> {
     guest.unload(STRESS)?;
     guest.unload(MODULE)?;
+    // Or the driver takes it as soon as it is there.
+    fs::write(slot.first.folder().join("driver_override"), "none")?;
     stress(false)?;
     bind(&slot.second, STRESS)?;
     module()?;
@@ -195,13 +196,6 @@ fn mistakes(_: &Guest, _: &Slot) -> Result<()> {
         let lines = log.lines().filter(|line| line.contains(text) && line.contains("outboard_stress"));
         ensure!(lines.count() == 1, "'{text}' is not said once");
     }
-    Ok(())
-}
-
-/// More than 2 MiB for both sides, aligned, and without more room than that.
-fn large(_: &Guest, _: &Slot) -> Result<()> {
-    let [padded, live] = changes("misuse large", ["coherent_padded", "live"])?;
-    ensure!(padded == 0 && live == 0, "{padded} pieces took more room than they needed, {live} are left");
     Ok(())
 }
 
